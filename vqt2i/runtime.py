@@ -1,0 +1,113 @@
+"""The machine under us: seeds and random streams, device, precision, threads, progress and messages."""
+
+import hashlib
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:  # torch takes seconds to import and `--help` must not wait for it
+    import torch
+
+Precision = Literal["fp32", "bf16"]
+T = TypeVar("T")
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Tell the user something, once (rank 0 only), on standard error."""
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        _console.print(message, markup=False)
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Any) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f} {self.unit}/s")
+
+
+def progress(items: Iterable[T], label: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterate over `items` with a bar, a rate and the time left; a plain line at the end where nobody watches a terminal."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()]
+    start, count = time.monotonic(), 0
+    with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        for item in items:
+            yield item
+            count += 1
+            bar.advance(task)
+    seconds = time.monotonic() - start
+    say(f"{label}: {count:,} {unit} in {seconds:.1f} s ({count / max(seconds, 1e-9):,.1f} {unit}/s)")
+
+
+def stream_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on `parts` only: the same in every process, for every batch split.
+
+    Parts are hashed by their `repr`, so use plain ints and strings.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch global generators."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str = "auto") -> "torch.device":
+    """The device called `name`, or for "auto" CUDA where there is one, else Apple's GPU, else the CPU."""
+    import torch
+
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@cache
+def fastest_precision(device_type: str) -> Precision:
+    """fp32 or bf16, whichever multiplies matrices faster here.
+
+    CUDA: bf16 where the card has it natively. CPU: measured once (about 0.1 s), because only recent server CPUs
+    (AVX512-BF16, AMX) gain and others lose.
+    """
+    import torch
+
+    if device_type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device_type != "cpu":
+        return "fp32"
+    seconds = {name: _linear_seconds(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    return "bf16" if seconds["bf16"] * 1.2 < seconds["fp32"] else "fp32"
+
+
+def _linear_seconds(dtype: "torch.dtype") -> float:
+    import torch
+
+    # the shape of a small model's MLP over a training batch
+    x, w = torch.ones(4096, 256, dtype=dtype), torch.ones(1024, 256, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return best
