@@ -1,0 +1,5 @@
+"""Captions to ids and back with SentencePiece."""
+
+from vqt2i.text.tokenizer import TextTokenizer
+
+__all__ = ["TextTokenizer"]

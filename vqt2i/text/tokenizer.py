@@ -1,0 +1,56 @@
+"""A SentencePiece model as the text tokenizer. Any model loads; ours have byte fallback, so nothing is unencodable."""
+
+from pathlib import Path
+
+import sentencepiece
+
+from vqt2i.errors import CheckpointError
+from vqt2i.files import sha256_of_parts
+
+
+class TextTokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        n_ids: size of the vocabulary; ids are in [0, n_ids).
+        fingerprint: content hash of the model file.
+    """
+
+    def __init__(self, model: bytes, name: str) -> None:
+        self.model = model
+        self.fingerprint = sha256_of_parts(model)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise CheckpointError(f"{name}: not a SentencePiece model; expected a .model file "
+                                  "as tools/train_tokenizer.py writes it") from None  # fmt: skip
+        self.n_ids = self._processor.GetPieceSize()
+
+    @classmethod
+    def load(cls, path: Path) -> "TextTokenizer":
+        """Load a `.model` file, or the only one in a folder.
+
+        Raises:
+            CheckpointError: no such file, not one `.model` in the folder, or not a SentencePiece model.
+        """
+        path = Path(path)
+        if path.is_dir():
+            models = sorted(path.glob("*.model"))
+            if len(models) != 1:
+                raise CheckpointError(f"{path}: expected one .model file in it, found {len(models)}")
+            path = models[0]
+        try:
+            return cls(path.read_bytes(), str(path))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}; expected a SentencePiece .model file") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin or end marks. The empty text gives no ids."""
+        # SentencePiece stops at a NUL; lone surrogates cannot be written as UTF-8
+        clean = text.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
+        return self._processor.EncodeAsIds(clean)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self._processor.DecodeIds([int(i) for i in ids])

@@ -1,0 +1,46 @@
+"""Optimizer and learning-rate schedule, the same for every stage."""
+
+import math
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from torch import nn
+
+from vqt2i.config import Config
+
+
+class OptimizerConfig(Config):
+    """AdamW with linear warm-up and cosine decay to `final_share` of the peak."""
+
+    learning_rate: PositiveFloat = 1e-3
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 0.05
+    warmup_steps: NonNegativeInt = 50
+    final_share: float = Field(0.02, ge=0, le=1)
+
+
+def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that train; weight decay on matrices only (not on norms, biases and embeddings)."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+    kept = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True,
+    )  # fmt: skip
+
+
+def learning_rate_share(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """Share of the peak learning rate used for the update number `step` (from 0)."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
+    return config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def learning_rate_at(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """Learning rate used for the update number `step` (from 0)."""
+    return config.learning_rate * learning_rate_share(config, step, max_steps)
