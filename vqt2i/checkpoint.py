@@ -91,4 +91,5 @@ def _read(folder: Path, name: str) -> bytes:
     try:
         return (folder / name).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{folder / name}: {error.strerror}; a model folder holds {CONFIG}, {WEIGHTS}, {CARD}") from None
+        expected = f"a model folder holds {CONFIG}, {WEIGHTS} and {CARD}"
+        raise CheckpointError(f"{folder / name}: {error.strerror}; {expected}") from None

@@ -1,6 +1,7 @@
 """The exceptions a user can meet. Each message names the thing, what was found, what was expected and what to do.
 
-`vqt2i.cli.main` prints a `UserError` on one or two lines and exits with code 2; anything else is our bug and keeps its traceback.
+`vqt2i.cli.main` prints a `UserError` on one or two lines and exits with code 2; anything else is our bug and keeps its
+traceback.
 """
 
 

@@ -38,7 +38,7 @@ class _Rate(ProgressColumn):
 
 
 def progress(items: Iterable[T], label: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Iterate over `items` with a bar, a rate and the time left; a plain line at the end where nobody watches a terminal."""
+    """Iterate over `items` with a bar, a rate and the time left, and one line with the rate at the end."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()]

@@ -15,7 +15,7 @@ from vqt2i.config import Config
 
 
 class TransformerConfig(Config):
-    """A stack of pre-norm blocks: RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), qk-norm (Henry et al. 2020)."""
+    """Pre-norm blocks: RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), qk-norm (Henry et al. 2020)."""
 
     width: PositiveInt = 256
     n_layers: PositiveInt = 6

@@ -36,5 +36,5 @@ def train_text_tokenizer(texts: Iterable[str], config: TextTokenizerConfig) -> T
         )  # fmt: skip
     except RuntimeError as error:
         raise DataError(f"{len(lines)} captions do not fill a vocabulary of {config.vocabulary_size} "
-                        f"({str(error).splitlines()[-1]}); ask for a smaller one or give more text") from None  # fmt: skip
+                        f"({str(error).splitlines()[-1]}); ask for a smaller one") from None  # fmt: skip
     return TextTokenizer(model.getvalue(), "the model just trained")

@@ -1,0 +1,103 @@
+"""The training loss of the GPT and the caption score, both from split heads that never build text × image logits.
+
+B batch, L positions of one modality, V its vocabulary
+"""
+
+from typing import NamedTuple
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor
+
+from vqt2i.config import Config
+from vqt2i.gpt.model import GPT
+from vqt2i.gpt.sequence import Sequences, TextBatch
+
+
+class LossWeights(Config):
+    """Weight of each part: a modality in one order; z: of the squared log-partition (PaLM, Chowdhery 2022, §5)."""
+
+    image: NonNegativeFloat = 1.0
+    text: NonNegativeFloat = 0.1
+    text_from_image: NonNegativeFloat = 1.0
+    image_unconditional: NonNegativeFloat = 0.1
+    z: NonNegativeFloat = 1e-4
+
+
+class GPTLoss(NamedTuple):
+    """Mean nats per token of each part (NaN where the batch has no row of that order), and their weighted sum."""
+
+    total: Tensor
+    image: Tensor
+    text: Tensor
+    text_from_image: Tensor
+    image_unconditional: Tensor
+
+
+def gpt_loss(gpt: GPT, text: TextBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights) -> GPTLoss:
+    """Loss of a batch whose first `n_reversed` rows are read image → text and the others text → image.
+
+    In the reversed order the image comes first, so its loss is that of an unconditional image model.
+    """
+    layout, n = gpt.layout, n_reversed
+    back = layout.join_reversed(TextBatch(*(t[:n] for t in text)), image_BI[:n])
+    forth = layout.join(TextBatch(*(t[n:] for t in text)), image_BI[n:])
+    whole = back.cat(forth)
+    hidden = gpt(Sequences(*(t[:, :-1] for t in whole)))
+
+    image_at = {order: layout.image_targets(reversed_order=order) for order in (True, False)}
+    image_hidden = torch.cat((hidden[:n, image_at[True]], hidden[n:, image_at[False]]))
+    image_nll, image_z = token_nll(gpt.image_logits(image_hidden), image_BI)
+
+    text_at = {order: layout.text_targets(reversed_order=order) for order in (True, False)}
+    text_hidden = torch.cat((hidden[:n, text_at[True]], hidden[n:, text_at[False]]))
+    targets = torch.cat((_shifted(back.ids_BL, text_at[True]), _shifted(forth.ids_BL, text_at[False])))
+    counts = torch.cat(
+        (_shifted(back.real_BL, text_at[True]), forth.real_BL[:, text_at[False]])  # left padding: the *input* is real
+    )
+    text_nll, text_z = token_nll(gpt.text_logits(text_hidden), targets.clamp_max(layout.eot))
+
+    parts = {
+        "image": _mean(image_nll[n:]),
+        "text": _mean(text_nll[n:], counts[n:]),
+        "text_from_image": _mean(text_nll[:n], counts[:n]),
+        "image_unconditional": _mean(image_nll[:n]),
+    }
+    # each order weighs as much as its share of the rows
+    shares = {"image": 1 - n / len(image_BI), "text_from_image": n / len(image_BI)}
+    shares |= {"text": shares["image"], "image_unconditional": shares["text_from_image"]}
+    total = weights.z * (_mean(image_z) + _mean(text_z, counts))
+    for name, value in parts.items():
+        if shares[name]:
+            total = total + getattr(weights, name) * shares[name] * value
+    return GPTLoss(total=total, **parts)
+
+
+def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tensor:
+    """log p(text | image) in nats per token, EOT counted, (B,): the caption score of CogView (arXiv 2105.13290, §3.4).
+
+    Dividing by the length lets captions of different lengths be compared.
+    """
+    sequences = gpt.layout.join_reversed(text, image_BI)
+    hidden = gpt(Sequences(*(t[:, :-1] for t in sequences)))
+    at = gpt.layout.text_targets(reversed_order=True)
+    counts = _shifted(sequences.real_BL, at)
+    nll, _ = token_nll(gpt.text_logits(hidden[:, at]), _shifted(sequences.ids_BL, at).clamp_max(gpt.layout.eot))
+    return -(nll * counts).sum(1) / counts.sum(1)
+
+
+def token_nll(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each target and the squared log-partition, float32 (B, L) each."""
+    logits = logits_BLV.float()
+    log_z = logits.logsumexp(-1)
+    return log_z - logits.gather(-1, targets_BL[..., None]).squeeze(-1), log_z.square()
+
+
+def _shifted(values_BL: Tensor, inputs: slice) -> Tensor:
+    return values_BL[:, inputs.start + 1 : inputs.stop + 1]
+
+
+def _mean(values: Tensor, counts: Tensor | None = None) -> Tensor:
+    if counts is None:
+        return values.mean() if values.numel() else values.new_full((), torch.nan)
+    return (values * counts).sum() / counts.sum() if values.numel() else values.new_full((), torch.nan)

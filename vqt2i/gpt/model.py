@@ -1,0 +1,98 @@
+"""A decoder over text and image ids with a split head.
+
+B batch, L sequence, D width, A axes, V vocabulary, I image ids
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqt2i.config import Config
+from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
+from vqt2i.nn.transformer import KVCache, Rotary, Transformer, TransformerConfig
+
+
+class GPTConfig(Config):
+    """`text_tokenizer` and `image_tokenizer` are the fingerprints of what made the ids it was trained on."""
+
+    transformer: TransformerConfig
+    layout: LayoutConfig
+    positions: Literal["rotary", "learned"] = "rotary"
+    text_tokenizer: str
+    image_tokenizer: str
+
+
+class GPT(nn.Module):
+    """`forward` for whole sequences, `prefill` and `step` for decoding with a cache: three paths, equal logits."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = SequenceLayout(config.layout)
+        width = config.transformer.width
+        self.embedding = nn.Embedding(self.layout.n_ids, width)
+        self.transformer = Transformer(config.transformer)
+        # one matrix, read in two slices: rows of the text ids and EOT, rows of the image ids
+        self.head = nn.Linear(width, self.layout.n_targets, bias=False)
+        if config.positions == "rotary":
+            # half of the pairs for the text axis, a quarter each for row and column; image grids are short, so their
+            # base is too: every pair turns by a useful angle within the grid
+            pairs = config.transformer.head_width // 2
+            self.rotary = Rotary((pairs - 2 * (pairs // 4), pairs // 4, pairs // 4), (10_000.0, 100.0, 100.0))
+        else:
+            sizes = (config.layout.text_length + 2, config.layout.grid_height + 1, config.layout.grid_width + 1)
+            self.position_embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        for table in (m for m in self.modules() if isinstance(m, nn.Embedding)):
+            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=width**-0.5)
+
+    def forward(self, sequences: Sequences) -> Tensor:
+        """Last hidden states (B, L, D) of whole sequences; `text_logits` and `image_logits` score slices of them."""
+        x_BLD, cos_sin = self._embed(sequences)
+        return self.transformer(x_BLD, mask_B1LK=sequences.causal_mask(), cos_sin=cos_sin)
+
+    def text_logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Scores of the text ids and EOT, (B, L, n_text_ids + 1)."""
+        return F.linear(hidden_BLD, self.head.weight[: self.layout.first_image_id])
+
+    def image_logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Scores of the image ids, (B, L, n_image_ids)."""
+        return F.linear(hidden_BLD, self.head.weight[self.layout.first_image_id :])
+
+    def prefill(self, prefix: Sequences, length: int) -> tuple[Tensor, KVCache]:
+        """Read a prefix (`layout.text_prefix`) into a new cache of `length` positions.
+
+        Returns the image logits after it, (B, n_image_ids), and the cache.
+        """
+        x_BLD, cos_sin = self._embed(prefix)
+        # keys and values have the activations' dtype: that of the weights, or of autocast where it is on
+        device = x_BLD.device
+        on = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if on else x_BLD.dtype
+        cache = KVCache(self.config.transformer, len(x_BLD), length, device, dtype)
+        hidden = self.transformer(x_BLD, mask_B1LK=prefix.causal_mask(), cos_sin=cos_sin, cache=cache)
+        return self.image_logits(hidden[:, -1]), cache
+
+    def step(self, image_B: Tensor, index: int, real_BP: Tensor, cache: KVCache) -> Tensor:
+        """Append image token number `index` (codes from 0) and return the logits of the next, (B, n_image_ids).
+
+        Args:
+            real_BP: `real` of the prefix in the cache, (B, prefix_length); what follows it is all real.
+        """
+        part = self.layout.image_part(image_B[:, None])
+        width = self.config.layout.grid_width
+        at = torch.tensor([0, index // width + 1, index % width + 1], device=image_B.device)
+        x_BLD, cos_sin = self._embed(part._replace(positions_BLA=at.expand(len(image_B), 1, 3)))
+        mask_BK = F.pad(real_BP, (0, cache.n_filled + 1 - real_BP.shape[1]), value=True)
+        hidden = self.transformer(x_BLD, mask_B1LK=mask_BK[:, None, None], cos_sin=cos_sin, cache=cache)
+        return self.image_logits(hidden[:, -1])
+
+    def _embed(self, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        x_BLD = self.embedding(sequences.ids_BL)
+        if self.config.positions == "rotary":
+            return x_BLD, self.rotary(sequences.positions_BLA)
+        for axis, table in enumerate(self.position_embeddings):
+            x_BLD = x_BLD + table(sequences.positions_BLA[..., axis])
+        return x_BLD, None

@@ -1,0 +1,185 @@
+"""Where text ends and image begins: the only file that knows.
+
+One id space:  [text ids | EOT | image ids | PAD T2I I2T BOI BOT]. The text head scores text ids and EOT, the image head
+image ids; the specials after them are inputs only.
+
+Two orders of equal length S + 3 + I, for texts of at most S ids and images of I ids:
+
+    text → image    PAD … PAD T2I t₁ … tₙ EOT | BOI i₁ … i_I        left-padded: one index for image token k
+    image → text    I2T i₁ … i_I BOT | t₁ … tₙ EOT PAD … PAD
+
+Positions have three axes (text, row, column): a text token is (k, 0, 0) counted from its own start, so that padding
+changes nothing; an image token is (0, row + 1, column + 1); marks are (0, 0, 0), EOT follows its text.
+A text of no ids is the null condition of classifier-free guidance (Ho & Salimans 2022).
+
+B batch, S longest text, I image ids, L sequence, A axes
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from vqt2i.config import Config
+
+
+class TextBatch(NamedTuple):
+    """ids_BS: right-padded with zeros, (B, S) long. n_ids_B: how many count, (B,) long."""
+
+    ids_BS: Tensor
+    n_ids_B: Tensor
+
+
+class Sequences(NamedTuple):
+    """ids_BL long; positions_BLA long, A = 3; real_BL bool, false for padding."""
+
+    ids_BL: Tensor
+    positions_BLA: Tensor
+    real_BL: Tensor
+
+    def cat(self, other: "Sequences") -> "Sequences":
+        """The rows of both."""
+        return Sequences(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+
+    def causal_mask(self) -> Tensor:
+        """Bool (B, 1, L, L): a query sees itself and the real positions before it.
+
+        Padding sees itself too, so that no row of the softmax is empty (it would be NaN).
+        """
+        length = self.ids_BL.shape[1]
+        below = torch.ones(length, length, dtype=torch.bool, device=self.ids_BL.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=self.ids_BL.device)
+        return ((below & self.real_BL[:, None, :]) | itself).unsqueeze(1)
+
+
+class LayoutConfig(Config):
+    """Sizes of a sequence; they follow from the tokenizers and the longest text."""
+
+    n_text_ids: PositiveInt
+    n_image_ids: PositiveInt
+    text_length: PositiveInt
+    grid_height: PositiveInt
+    grid_width: PositiveInt
+
+
+def pad_texts(texts: list[list[int]], text_length: int) -> TextBatch:
+    """Stack texts of different length; longer ones keep their first `text_length` ids."""
+    ids_BS = torch.zeros(len(texts), text_length, dtype=torch.long)
+    for row, ids in enumerate(texts):
+        kept = ids[:text_length]
+        ids_BS[row, : len(kept)] = torch.tensor(kept, dtype=torch.long)
+    return TextBatch(ids_BS, torch.tensor([min(len(ids), text_length) for ids in texts]))
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Joins text and image ids into sequences and says which positions predict what."""
+
+    config: LayoutConfig
+
+    @property
+    def eot(self) -> int:
+        return self.config.n_text_ids
+
+    @property
+    def first_image_id(self) -> int:
+        return self.config.n_text_ids + 1
+
+    @property
+    def pad(self) -> int:
+        return self.first_image_id + self.config.n_image_ids
+
+    @property
+    def t2i(self) -> int:
+        return self.pad + 1
+
+    @property
+    def i2t(self) -> int:
+        return self.pad + 2
+
+    @property
+    def boi(self) -> int:
+        return self.pad + 3
+
+    @property
+    def bot(self) -> int:
+        return self.pad + 4
+
+    @property
+    def n_ids(self) -> int:
+        return self.pad + 5
+
+    @property
+    def n_targets(self) -> int:
+        """Ids below this one can be predicted; the rest are inputs only."""
+        return self.pad
+
+    @property
+    def image_length(self) -> int:
+        return self.config.grid_height * self.config.grid_width
+
+    @property
+    def prefix_length(self) -> int:
+        """Length of everything before the first image token in the order text → image."""
+        return self.config.text_length + 3
+
+    @property
+    def length(self) -> int:
+        return self.prefix_length + self.image_length
+
+    def text_prefix(self, text: TextBatch) -> Sequences:
+        """PAD … T2I text EOT BOI: what stands before the image in the order text → image; length `prefix_length`."""
+        S, n_B1 = self.config.text_length, text.n_ids_B[:, None]
+        slot_1L = torch.arange(S + 2, device=text.ids_BS.device)[None]
+        order_BL = slot_1L - (S - n_B1)  # 0 at T2I, 1..n in the text, n + 1 at EOT, negative in the padding
+        inner = torch.gather(text.ids_BS, 1, (order_BL - 1).clamp(0, S - 1))
+        ids = torch.where(order_BL <= 0, self.t2i, torch.where(order_BL == n_B1 + 1, self.eot, inner))
+        ids = torch.where(order_BL < 0, self.pad, ids)
+        boi = torch.full_like(ids[:, :1], self.boi)
+        positions = torch.zeros(*ids.shape[:1], S + 3, 3, dtype=torch.long, device=ids.device)
+        positions[:, : S + 2, 0] = order_BL.clamp_min(0)
+        real = torch.cat((order_BL >= 0, torch.ones_like(boi, dtype=torch.bool)), dim=1)
+        return Sequences(torch.cat((ids, boi), dim=1), positions, real)
+
+    def image_part(self, image_BI: Tensor) -> Sequences:
+        """Image codes (from 0) as sequence ids with their positions; fewer than `image_length` are allowed."""
+        n = image_BI.shape[1]
+        index = torch.arange(n, device=image_BI.device)
+        width = self.config.grid_width
+        coordinates = torch.stack((torch.zeros_like(index), index // width + 1, index % width + 1), dim=-1)
+        positions = coordinates.expand(image_BI.shape[0], n, 3)
+        return Sequences(image_BI + self.first_image_id, positions, torch.ones_like(image_BI, dtype=torch.bool))
+
+    def join(self, text: TextBatch, image_BI: Tensor) -> Sequences:
+        """text → image, length `length`."""
+        prefix, image = self.text_prefix(text), self.image_part(image_BI)
+        return Sequences(*(torch.cat(pair, dim=1) for pair in zip(prefix, image, strict=True)))
+
+    def join_reversed(self, text: TextBatch, image_BI: Tensor) -> Sequences:
+        """image → text, length `length`."""
+        S, n_B1 = self.config.text_length, text.n_ids_B[:, None]
+        image = self.image_part(image_BI)
+        order_BL = torch.arange(S + 1, device=image_BI.device)[None].expand(len(image_BI), -1)
+        inner = torch.nn.functional.pad(text.ids_BS, (0, 1))
+        ids = torch.where(order_BL < n_B1, inner, torch.where(order_BL == n_B1, self.eot, self.pad))
+        mark = torch.ones_like(image_BI[:, :1])
+        zero = torch.zeros_like(image.positions_BLA[:, :1])
+        text_positions = torch.zeros(*ids.shape, 3, dtype=torch.long, device=ids.device)
+        text_positions[..., 0] = order_BL + 1
+        return Sequences(
+            torch.cat((mark * self.i2t, image.ids_BL, mark * self.bot, ids), dim=1),
+            torch.cat((zero, image.positions_BLA, zero, text_positions), dim=1),
+            torch.cat((mark.bool(), image.real_BL, mark.bool(), order_BL <= n_B1), dim=1),
+        )
+
+    def text_targets(self, *, reversed_order: bool) -> slice:
+        """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included)."""
+        start = self.image_length + 1 if reversed_order else 0
+        return slice(start, start + self.config.text_length + 1)
+
+    def image_targets(self, *, reversed_order: bool) -> slice:
+        """Inputs at these indices predict the image ids (I of them)."""
+        start = 0 if reversed_order else self.prefix_length - 1
+        return slice(start, start + self.image_length)
