@@ -1,0 +1,24 @@
+"""The embedded data set: scenes of a few flat shapes, their captions, and an oracle that reads a picture back."""
+
+from vqt2i.data.shapes.captions import LANGUAGES, Caption, Facts, ObjectFacts, caption_scene, draw_prompts
+from vqt2i.data.shapes.render import SIZES_PX, render
+from vqt2i.data.shapes.scene import Scene, SceneObject
+from vqt2i.data.shapes.source import pairs
+from vqt2i.data.shapes.split import SPLITS, draw_scene, held_out_in
+
+__all__ = [
+    "LANGUAGES",
+    "SIZES_PX",
+    "SPLITS",
+    "Caption",
+    "Facts",
+    "ObjectFacts",
+    "Scene",
+    "SceneObject",
+    "caption_scene",
+    "draw_prompts",
+    "draw_scene",
+    "held_out_in",
+    "pairs",
+    "render",
+]
