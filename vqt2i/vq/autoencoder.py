@@ -1,0 +1,127 @@
+"""The image tokenizer: images in [-1, 1] to grids of ids and back (VQ-VAE, van den Oord et al. 2017; VQGAN, Esser et
+al. 2021, with the encoder and decoder made small enough for CPUs).
+
+B batch, H height, W width of images or of id grids, C channels
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqt2i.errors import DataError
+from vqt2i.nn.conv import Downsample, ResBlock, SpatialAttention, Upsample, group_norm
+from vqt2i.vq.config import ImageTokenizerConfig
+from vqt2i.vq.quantizer import build_quantizer
+
+
+class VQOutput(NamedTuple):
+    """reconstruction_B3HW: unclamped, for losses. quantizer_loss: scalar."""
+
+    reconstruction_B3HW: Tensor
+    ids_BHW: Tensor
+    quantizer_loss: Tensor
+
+
+def _level(config: ImageTokenizerConfig, level: int) -> nn.Sequential:
+    width = config.channels[level]
+    blocks: list[nn.Module] = []
+    for _ in range(config.n_res_blocks):
+        blocks.append(ResBlock(width, width, config.dropout))
+        if config.level_sizes_px[level] in config.attention_sizes_px:
+            blocks.append(SpatialAttention(width))
+    return nn.Sequential(*blocks)
+
+
+class Encoder(nn.Module):
+    """Image to features of `channels[-1]` at the size of the id grid."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.patch_px = config.patch_px
+        self.conv_in = nn.Conv2d(3 * config.patch_px**2, config.channels[0], 3, padding=1)
+        layers: list[nn.Module] = []
+        for level, width in enumerate(config.channels):
+            layers.append(_level(config, level))
+            if level + 1 < len(config.channels):
+                layers.append(Downsample(width, config.channels[level + 1]))
+        self.levels = nn.Sequential(*layers)
+        self.norm_out = group_norm(config.channels[-1])
+
+    def forward(self, x_B3HW: Tensor) -> Tensor:
+        h = self.conv_in(F.pixel_unshuffle(x_B3HW, self.patch_px))
+        return F.silu(self.norm_out(self.levels(h)))
+
+
+class Decoder(nn.Module):
+    """The mirror of `Encoder`. `conv_out` is the last layer, which the adaptive adversarial weight looks at."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.patch_px = config.patch_px
+        layers: list[nn.Module] = []
+        for level in reversed(range(len(config.channels))):
+            layers.append(_level(config, level))
+            if level > 0:
+                layers.append(Upsample(config.channels[level], config.channels[level - 1]))
+        self.levels = nn.Sequential(*layers)
+        self.norm_out = group_norm(config.channels[0])
+        self.conv_out = nn.Conv2d(config.channels[0], 3 * config.patch_px**2, 3, padding=1)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        h = F.silu(self.norm_out(self.levels(features_BCHW)))
+        return F.pixel_shuffle(self.conv_out(h), self.patch_px)
+
+
+class ImageTokenizer(nn.Module):
+    """Encoder, quantizer, decoder.
+
+    Any height and width that `config.downsample` divides work; the id grid is that many times smaller. Call `.eval()`
+    before `encode` and `decode` where dropout is on.
+    """
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantizer = build_quantizer(config.quantizer, config.channels[-1])
+        self.decoder = Decoder(config)
+
+    def forward(self, x_B3HW: Tensor) -> VQOutput:
+        """Reconstruct images in [-1, 1]; in training mode the codebook learns too."""
+        self._check_images(x_B3HW)
+        quantized = self.quantizer(self.encoder(x_B3HW))
+        return VQOutput(self.decoder(quantized.features_BCHW), quantized.ids_BHW, quantized.loss)
+
+    @torch.no_grad()
+    def encode(self, x_B3HW: Tensor) -> Tensor:
+        """ids_BHW (long, 0 to `config.vocab_size` - 1) of images in [-1, 1].
+
+        Raises:
+            DataError: the shape is not (B, 3, H, W) with sides that `config.downsample` divides.
+        """
+        self._check_images(x_B3HW)
+        return self.quantizer.encode(self.encoder(x_B3HW))
+
+    @torch.no_grad()
+    def decode(self, ids_BHW: Tensor) -> Tensor:
+        """x_B3HW in [-1, 1] of a grid of ids.
+
+        Raises:
+            DataError: not a (B, H, W) integer tensor with ids of this tokenizer.
+        """
+        if ids_BHW.ndim != 3 or ids_BHW.is_floating_point():
+            raise DataError(f"image ids: expected an integer tensor of shape (batch, grid height, grid width), "
+                            f"found {ids_BHW.dtype} {tuple(ids_BHW.shape)}")  # fmt: skip
+        lowest, highest = (int(bound) for bound in ids_BHW.aminmax())
+        if lowest < 0 or highest >= self.config.vocab_size:
+            raise DataError(f"image ids: expected 0 to {self.config.vocab_size - 1}, found {lowest} to {highest}; "
+                            f"were they made by another image tokenizer?")  # fmt: skip
+        return self.decoder(self.quantizer.decode(ids_BHW)).clamp(-1, 1)
+
+    def _check_images(self, x_B3HW: Tensor) -> None:
+        shape, factor = tuple(x_B3HW.shape), self.config.downsample
+        if len(shape) != 4 or shape[1] != 3 or shape[2] % factor or shape[3] % factor:
+            raise DataError(f"images: expected (batch, 3, height, width) with sides that {factor} divides, "
+                            f"found {shape}; resize or crop them")  # fmt: skip
