@@ -135,7 +135,8 @@ def _explain(cls: type[Config], values: dict[str, Any], item: dict[str, Any]) ->
     if item["type"] == "extra_forbidden":
         known = _known_keys(cls, item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"{dotted}: unknown key, " + (f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(known))}")
+        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(known))}"
+        return f"{dotted}: unknown key, {hint}"
     if item["type"] == "missing":
         return f"{'.'.join(str(part) for part in item['loc'])}: missing"
     message = item["msg"].removeprefix("Value error, ")
@@ -153,6 +154,7 @@ def _config_classes(annotation: Any) -> list[type[Config]]:
 def _known_keys(cls: type[Config], path: tuple) -> list[str]:
     classes = [cls]
     for part in path:
-        found = [c for owner in classes if part in owner.model_fields for c in _config_classes(owner.model_fields[part].annotation)]
+        fields = [owner.model_fields[part] for owner in classes if part in owner.model_fields]
+        found = [c for field in fields for c in _config_classes(field.annotation)]
         classes = found or classes  # a union's tag names no field: stay where we are
     return [key for owner in classes for key in owner.model_fields]

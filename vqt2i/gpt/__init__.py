@@ -1,7 +1,17 @@
 """The joint text and image decoder."""
 
-from vqt2i.gpt.loss import LossWeights, gpt_loss
+from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss
 from vqt2i.gpt.model import GPT, GPTConfig
-from vqt2i.gpt.sequence import SequenceLayout, Sequences, TextBatch, pad_texts
+from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 
-__all__ = ["GPT", "GPTConfig", "LossWeights", "SequenceLayout", "Sequences", "TextBatch", "gpt_loss", "pad_texts"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "GPTLoss",
+    "LayoutConfig",
+    "LossWeights",
+    "SequenceLayout",
+    "Sequences",
+    "caption_log_probability",
+    "gpt_loss",
+]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vqt2i.config import Config
 from vqt2i.gpt.model import GPT
-from vqt2i.gpt.sequence import Sequences, TextBatch
+from vqt2i.gpt.sequence import Sequences
+from vqt2i.text.batch import TextBatch
 
 
 class LossWeights(Config):

@@ -1,5 +1,6 @@
 """Captions to ids and back with SentencePiece."""
 
+from vqt2i.text.batch import TextBatch, pad_texts
 from vqt2i.text.tokenizer import TextTokenizer
 
-__all__ = ["TextTokenizer"]
+__all__ = ["TextBatch", "TextTokenizer", "pad_texts"]
