@@ -1,0 +1,19 @@
+"""Train a scorer (CLIP) that reranks pictures.
+
+Writes runs/NAME/: config.yaml, metrics.csv, samples/, checkpoints/ and model/, the newest export.
+"""
+
+import argparse
+
+from vqt2i.cli.options import add_training_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from vqt2i.config import load_config
+    from vqt2i.training.clip import CLIPRunConfig, train_clip
+
+    train_clip(load_config(CLIPRunConfig, args.config, args.overrides), args.runs, resume=args.resume)

@@ -1,0 +1,28 @@
+"""Train the GPT that turns captions into image ids.
+
+Writes runs/NAME/: config.yaml, metrics.csv, samples/, checkpoints/ and model/, the newest export.
+"""
+
+import argparse
+from pathlib import Path
+
+from vqt2i.cli.options import add_training_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser)
+    parser.add_argument("--deepspeed", nargs="?", const=True, default=False, metavar="JSON",
+                        help="train with DeepSpeed ZeRO, configured by the settings or by a JSON file")  # fmt: skip
+    parser.add_argument("--vq", type=Path, metavar="DIR", help="the image tokenizer's model folder (default: that of "
+                        "the settings, else the newest in the runs folder, else the shipped one)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    from vqt2i.config import load_config
+    from vqt2i.generation.find import find_image_tokenizer
+    from vqt2i.training.gpt import GPTRunConfig, train_gpt
+
+    config = load_config(GPTRunConfig, args.config, args.overrides)
+    folder, vq = find_image_tokenizer(args.vq or config.image_tokenizer, args.runs)
+    deepspeed = args.deepspeed if isinstance(args.deepspeed, bool) else Path(args.deepspeed)
+    train_gpt(config, folder, vq, args.runs, resume=args.resume, deepspeed=deepspeed)

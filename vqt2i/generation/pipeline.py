@@ -1,0 +1,199 @@
+"""`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqt2i.checkpoint import load_model, require_same
+from vqt2i.clip import CLIP, CLIPConfig
+from vqt2i.config import Config, load_config
+from vqt2i.data.images import to_uint8
+from vqt2i.errors import CheckpointError, PromptError
+from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
+from vqt2i.generation.sampling import SamplingConfig
+from vqt2i.gpt import GPT, GPTConfig
+from vqt2i.runtime import pick_device
+from vqt2i.text import TextTokenizer
+from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+
+PARTS = ("text", "vq", "gpt", "clip")
+PIPELINE = "pipeline.yaml"
+
+
+class PipelineConfig(Config):
+    """`pipeline.yaml`: sampling defaults and prompts that show what the pipeline can do."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    example_prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with what made it.
+
+    image_HW3: uint8 RGB. image_ids_HW: its codes. scores: by scorer, higher is better; empty if nothing was scored.
+    n_truncated: prompt ids that the model could not read.
+    """
+
+    prompt: str
+    prompt_index: int
+    image_index: int
+    seed: int
+    image_HW3: np.ndarray
+    image_ids_HW: np.ndarray
+    n_truncated: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+class TextToImage:
+    """The four parts and how to sample from them. `clip` may be None."""
+
+    def __init__(
+        self, text: TextTokenizer, vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, config: PipelineConfig
+    ) -> None:
+        self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str = "auto") -> "TextToImage":
+        """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` (optional) and `pipeline.yaml`.
+
+        Raises:
+            CheckpointError: a part is missing or damaged, or does not belong with the others.
+        """
+        folder = Path(folder)
+        if not (folder / PIPELINE).is_file():
+            raise CheckpointError(f"{folder}: no {PIPELINE} in it; expected a pipeline folder with {', '.join(PARTS)}")
+        return cls.from_parts(
+            {part: folder / part for part in PARTS}, load_config(PipelineConfig, folder / PIPELINE), device
+        )
+
+    @classmethod
+    def from_parts(cls, folders: dict[str, Path | None], config: PipelineConfig, device: str = "auto") -> "TextToImage":
+        """Load parts from a folder each and check that they belong together (`clip` may be absent)."""
+        text = TextTokenizer.load(folders["text"])
+        vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
+        gpt = load_model(folders["gpt"], GPTConfig, GPT)
+        hint = "use the parts it was trained with"
+        trained = gpt.config
+        require_same(
+            "text tokenizer", folders["gpt"], found=text.fingerprint, expected=trained.text_tokenizer, hint=hint
+        )
+        require_same(
+            "image tokenizer", folders["gpt"], found=vq.fingerprint, expected=trained.image_tokenizer, hint=hint
+        )
+        clip = None
+        if folders.get("clip") and Path(folders["clip"]).is_dir():
+            clip = load_model(folders["clip"], CLIPConfig, CLIP)
+            require_same(
+                "text tokenizer",
+                folders["clip"],
+                found=text.fingerprint,
+                expected=clip.config.text_tokenizer,
+                hint=hint,
+            )
+        place = pick_device(device)
+        return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        n: int = 1,
+        rerank: int | None = None,
+        scorer: Scorer | None = None,
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[Sample]:
+        """The best `n` pictures of each prompt, prompt by prompt, best first.
+
+        Args:
+            rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
+            scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption".
+            on_token: called after each decoding step with the number of images that got a token.
+
+        Raises:
+            PromptError: numbers out of range, or a scorer that the pipeline does not have.
+        """
+        groups = self.candidates(
+            prompts, n if rerank is None else rerank, scorer=scorer, scored=rerank is not None,
+            sampling=sampling, seed=seed, on_token=on_token,
+        )  # fmt: skip
+        if rerank is not None and n > rerank:
+            raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
+        return [sample for group in groups for sample in group[:n]]
+
+    def candidates(
+        self,
+        prompts: Sequence[str],
+        count: int,
+        *,
+        scorer: Scorer | None = None,
+        scored: bool = True,
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        """All `count` pictures of each prompt: ranked best first if `scored`, else in the order of drawing."""
+        if count < 1:
+            raise PromptError(f"number of pictures: found {count}, expected 1 or more")
+        scorer = scorer or ("both" if self.clip else "caption")
+        if scorer not in get_args(Scorer):
+            raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
+        if scored and scorer != "caption" and self.clip is None:
+            raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
+                              "or use the scorer 'caption'")  # fmt: skip
+        texts = [tuple(self.text.encode(prompt)) for prompt in prompts]
+        jobs = [Job(text, p, i) for p, text in enumerate(texts) for i in range(count)]
+        if not jobs:
+            return []
+        ids_BHW = decode_image_ids(self.gpt, jobs, sampling or self.config.sampling, seed, on_token=on_token)
+        image_B3HW = self._decode(ids_BHW)
+        scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scored else {}
+        pictures = to_uint8(image_B3HW)
+        limit = self.gpt.layout.config.text_length
+        groups = []
+        for p, prompt in enumerate(prompts):
+            rows = slice(p * count, (p + 1) * count)
+            ranking = {name: values[rows] for name, values in scores.items()}
+            if len(ranking) > 1:
+                ranking["both"] = combine(ranking)
+            group = [
+                Sample(
+                    prompt, p, i, seed, pictures[row], ids_BHW[row].numpy(), max(0, len(texts[p]) - limit),
+                    {name: float(values[i]) for name, values in ranking.items()},
+                )
+                for i, row in enumerate(range(len(jobs))[rows])
+            ]  # fmt: skip
+            groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scored else group)
+        return groups
+
+    @torch.inference_mode()
+    def _decode(self, ids_BHW: Tensor, rows_at_once: int = 64) -> Tensor:
+        device = next(self.vq.parameters()).device
+        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(rows_at_once)])
+
+    def _score(
+        self,
+        scorer: Literal["clip", "caption", "both"],
+        image_B3HW: Tensor,
+        ids_BHW: Tensor,
+        texts: list[tuple[int, ...]],
+    ) -> dict[str, Tensor]:
+        scores = {}
+        if scorer in ("clip", "both"):
+            size = self.clip.config.image_size_px
+            fitted = image_B3HW
+            if image_B3HW.shape[-1] != size:
+                fitted = F.interpolate(image_B3HW, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+            scores["clip"] = clip_scores(self.clip, fitted, texts)
+        if scorer in ("caption", "both"):
+            scores["caption"] = caption_scores(self.gpt, ids_BHW, texts)
+        return scores

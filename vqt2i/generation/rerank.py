@@ -1,0 +1,45 @@
+"""Which of several pictures fits its prompt best: CLIP, the GPT's own caption score, or both.
+
+B batch (candidates)
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vqt2i.clip import CLIP
+from vqt2i.gpt import GPT, caption_log_probability
+from vqt2i.text import pad_texts
+
+Scorer = Literal["clip", "caption", "both"]
+
+
+@torch.inference_mode()
+def clip_scores(clip: CLIP, image_B3HW: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Cosine of each image (in [-1, 1], of the scorer's size) with its text, (B,)."""
+    text = pad_texts([list(t) for t in texts], clip.config.text_length)
+    device = clip.log_scale.device
+    image_BE = clip.encode_image(image_B3HW.to(device))
+    return (image_BE * clip.encode_text(*(t.to(device) for t in text))).sum(-1).cpu()
+
+
+@torch.inference_mode()
+def caption_scores(gpt: GPT, image_ids_BHW: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
+    """log p(text | image) per token in nats, (B,)."""
+    text = pad_texts([list(t) for t in texts], gpt.layout.config.text_length)
+    device = gpt.embedding.weight.device
+    return caption_log_probability(
+        gpt, type(text)(*(t.to(device) for t in text)), image_ids_BHW.flatten(1).to(device)
+    ).cpu()
+
+
+def combine(scores: dict[str, Tensor]) -> Tensor:
+    """Sum of the scores of one prompt's candidates, each brought to mean 0 and deviation 1 among them."""
+    return torch.stack([_standardised(score) for score in scores.values()]).sum(0)
+
+
+def _standardised(score_B: Tensor) -> Tensor:
+    score_B = score_B.double()
+    return (score_B - score_B.mean()) / score_B.std(correction=0).clamp_min(1e-9)

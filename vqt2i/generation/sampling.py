@@ -1,0 +1,59 @@
+"""One token from logits: guide, filter, pick. Pure functions of their arguments; randomness comes in as numbers.
+
+B batch, V vocabulary
+"""
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from vqt2i.config import Config
+
+
+class SamplingConfig(Config):
+    """guidance: 1 is none. temperature divides logits. top_k, top_p: null keeps everything."""
+
+    guidance: float = Field(2.0, ge=0, le=100)
+    temperature: PositiveFloat = Field(1.0, le=100)
+    top_k: PositiveInt | None = None
+    top_p: float | None = Field(None, gt=0, le=1)
+
+
+def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Tensor:
+    """uncond + s · (cond - uncond): classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), on logits."""
+    return torch.lerp(unconditional_BV, conditional_BV, scale)
+
+
+def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """The k largest logits of each row; the rest are -inf. Ties with the k-th are kept."""
+    if k >= logits_BV.shape[-1]:
+        return logits_BV
+    kth = logits_BV.topk(k, dim=-1).values[..., -1:]
+    return logits_BV.masked_fill(logits_BV < kth, -torch.inf)
+
+
+def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+    """The fewest most likely ids whose probabilities reach p (Holtzman et al. 2020); the rest are -inf."""
+    ordered, order = logits_BV.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    dropped = torch.empty_like(before, dtype=torch.bool).scatter_(-1, order, before >= p)
+    return logits_BV.masked_fill(dropped, -torch.inf)
+
+
+def pick(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Draw an id from each row by inverting its cumulative distribution at a number in [0, 1)."""
+    cumulative = logits_BV.double().softmax(-1).cumsum(-1)
+    # scaled by the last entry, which rounding may leave off 1: an id of probability 0 is never drawn
+    target = uniform_B[:, None].double() * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(logits_BV.shape[-1] - 1)
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, config: SamplingConfig) -> Tensor:
+    """Temperature, then top-k, then top-p, then `pick`; ids (B,)."""
+    logits_BV = logits_BV.float() / config.temperature
+    if config.top_k is not None:
+        logits_BV = keep_top_k(logits_BV, config.top_k)
+    if config.top_p is not None:
+        logits_BV = keep_top_p(logits_BV, config.top_p)
+    return pick(logits_BV, uniform_B)

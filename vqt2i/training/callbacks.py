@@ -1,0 +1,90 @@
+"""What a run writes while it trains: progress, pictures, checkpoints, exports."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+
+from vqt2i.data.images import to_uint8
+from vqt2i.runtime import say
+
+
+class StepReport(L.Callback):
+    """A line every few seconds: step, losses, samples per second, time left."""
+
+    def __init__(self, batch_size: int, every_seconds: float = 15.0) -> None:
+        self.batch_size, self.every_seconds = batch_size, every_seconds
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.start_seconds = self.last_seconds = time.monotonic()
+        self.first_step = self.last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        if now - self.last_seconds < self.every_seconds and step != trainer.max_steps:
+            return
+        rate = (step - self.last_step) / max(now - self.last_seconds, 1e-9)
+        left = (trainer.max_steps - step) * (now - self.start_seconds) / max(step - self.first_step, 1)
+        losses = [f"{k.removeprefix('train/')} {v:.3f}" for k, v in trainer.callback_metrics.items() if "train/" in k]
+        say(f"step {step:,}/{trainer.max_steps:,}  {'  '.join(losses)}  "
+            f"{rate * self.batch_size:,.0f} samples/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
+        self.last_seconds, self.last_step = now, step
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            values = [f"{k.removeprefix('val/')} {v:.4g}" for k, v in trainer.callback_metrics.items() if "val/" in k]
+            say(f"validation at step {trainer.global_step:,}:  " + "  ".join(values))
+
+
+class Outputs(L.Callback):
+    """At each validation and at the end: a checkpoint, a picture, and the newest export under `model/`.
+
+    The checkpoint before it is removed once the new one is whole.
+    """
+
+    def __init__(self, folder: Path, export: Callable[[Path, dict[str, Any]], None]) -> None:
+        self.folder, self.export = folder, export
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        step = trainer.global_step
+        trainer.save_checkpoint(self.folder / "checkpoints" / f"step-{step:08d}.ckpt")  # every rank takes part
+        if trainer.is_global_zero:
+            remove_older_checkpoints(self.folder / "checkpoints")
+            metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            self.export(self.folder / "model", {"steps": step, "metrics": metrics})
+            save_picture(self.folder / "samples" / f"step-{step:08d}.png", module, trainer)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first (DeepSpeed's are folders)."""
+    return sorted(folder.glob("step-*.ckpt"))
+
+
+def remove_older_checkpoints(folder: Path) -> None:
+    import shutil
+
+    for path in checkpoints_in(folder)[:-1]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@torch.no_grad()
+def save_picture(path: Path, module: L.LightningModule, trainer: L.Trainer) -> None:
+    """What the module makes of the first validation batch, for stages that make pictures."""
+    make = getattr(module, "sample_images", None)
+    if make is None:
+        return
+    batch = next(iter(trainer.datamodule.val_dataloader()))
+    batch = module.transfer_batch_to_device(batch, module.device, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_uint8(make(batch))).save(path)

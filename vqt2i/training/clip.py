@@ -1,0 +1,129 @@
+"""Training of the scorer."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from vqt2i.clip import CLIP, CLIPConfig, contrastive_loss
+from vqt2i.clip.loss import recall_at, same_captions
+from vqt2i.config import Config
+from vqt2i.nn.transformer import TransformerConfig
+from vqt2i.runtime import say
+from vqt2i.text import TextTokenizer
+from vqt2i.training.batches import Batch, ImageSamples
+from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
+from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+
+
+class CLIPTrainingConfig(Config):
+    """plateau_steps: after so many without leaving ln(batch), the loss of guessing, an alarm is given."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(beta2=0.98, weight_decay=0.1)
+    plateau_steps: PositiveInt = 300
+    plateau_share: float = Field(0.95, gt=0, lt=1)
+
+
+class CLIPRunConfig(Config):
+    """`configs/clip/NAME.yaml`."""
+
+    name: str = "clip"
+    data: DataConfig = DataConfig()
+    text_tokenizer: Path = Path("tokenizers/bilingual.model")
+    image_size_px: PositiveInt = 32
+    patch_size_px: PositiveInt = 4
+    text_length: PositiveInt = 32
+    vision: TransformerConfig = TransformerConfig(width=128, n_layers=4, n_heads=4, mlp_width=320)
+    text: TransformerConfig = TransformerConfig(width=128, n_layers=3, n_heads=4, mlp_width=320)
+    embedding_width: PositiveInt = 128
+    training: CLIPTrainingConfig = CLIPTrainingConfig()
+    trainer: TrainerConfig = TrainerConfig(batch_size=256)
+
+
+class CLIPModule(L.LightningModule):
+    """Joins the scorer and its loss; features are gathered over ranks, so the batch is that of all of them."""
+
+    def __init__(self, clip: CLIP, config: CLIPTrainingConfig, max_steps: int) -> None:
+        super().__init__()
+        self.clip, self.config, self.max_steps = clip, config, max_steps
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_adamw(self.clip, self.config.optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_share(self.config.optimizer, step, self.max_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        image_BE = self.clip.encode_image(batch.image)
+        text_BE = self.clip.encode_text(*batch.text)
+        image_BE, text_BE, ids_BS = (self._gathered(x) for x in (image_BE, text_BE, batch.text.ids_BS))
+        out = contrastive_loss(image_BE, text_BE, self.clip.logit_scale, same_captions(ids_BS))
+        self.log_dict(
+            {"train/loss": out.loss.detach(), "train/accuracy": out.accuracy, "train/scale": self.clip.logit_scale}
+        )
+        return out.loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        image_BE = self.clip.encode_image(batch.image)
+        self._seen.append((image_BE, self.clip.encode_text(*batch.text), batch.text.ids_BS))
+
+    def on_validation_epoch_end(self) -> None:
+        image_BE, text_BE, ids_BS = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        self._seen.clear()
+        image_BE, text_BE, ids_BS = (self._gathered(x) for x in (image_BE, text_BE, ids_BS))
+        right, similarity = same_captions(ids_BS), image_BE @ text_BE.T
+        values = {"val/loss": contrastive_loss(image_BE, text_BE, self.clip.logit_scale, right).loss}
+        for k in (1, 5):
+            values[f"val/image_to_text_r{k}"] = recall_at(similarity, right, k)
+            values[f"val/text_to_image_r{k}"] = recall_at(similarity.T, right, k)
+        self.log_dict(values)
+        self._watch_plateau(float(values["val/loss"]), len(image_BE))
+
+    def export_model(self) -> CLIP:
+        return self.clip
+
+    def _watch_plateau(self, loss: float, n_pairs: int) -> None:
+        guessing = float(torch.tensor(float(n_pairs)).log())
+        if self.global_step >= self.config.plateau_steps and loss > self.config.plateau_share * guessing:
+            say(f"ALARM: after {self.global_step:,} steps the scorer still guesses (loss {loss:.2f}, guessing gives "
+                f"{guessing:.2f}); try a larger batch, a longer warm-up or a lower learning rate")  # fmt: skip
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        return self.all_gather(x, sync_grads=True).flatten(0, 1) if self.trainer.world_size > 1 else x
+
+
+def train_clip(config: CLIPRunConfig, runs: Path, *, resume: bool) -> Path:
+    """Train as configured and return the run's folder."""
+    dataset = open_dataset(config.data)
+    tokenizer = TextTokenizer.load(config.text_tokenizer)
+    clip_config = CLIPConfig(
+        image_size_px=config.image_size_px,
+        patch_size_px=config.patch_size_px,
+        text_length=config.text_length,
+        n_text_ids=tokenizer.n_ids,
+        vision=config.vision,
+        text=config.text,
+        embedding_width=config.embedding_width,
+        text_tokenizer=tokenizer.fingerprint,
+    )
+    L.seed_everything(config.trainer.seed, verbose=False)
+    train, validation = (
+        ImageSamples(dataset.split(split), config.image_size_px, tokenizer, config.trainer.seed)
+        for split in (config.data.train_split, config.data.validation_split)
+    )
+    tokenizer_card = {"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint}
+    return fit(
+        CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps),
+        StageData(train, validation, config.trainer, config.text_length),
+        run_config=config,
+        model_config=clip_config,
+        card=stage_card("clip", dataset, text_tokenizer=tokenizer_card),
+        runs=runs,
+        name=config.name,
+        resume=resume,
+    )

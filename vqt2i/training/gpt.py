@@ -1,0 +1,171 @@
+"""Training of the GPT, from images or from a token store."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from einops import rearrange
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from vqt2i.config import Config
+from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.sampling import SamplingConfig
+from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
+from vqt2i.nn.transformer import TransformerConfig
+from vqt2i.text import TextBatch, TextTokenizer
+from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
+from vqt2i.training.encode import ensure_store
+from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
+from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.strategy import DeepSpeedConfig, deepspeed_json, read_deepspeed_json
+from vqt2i.vq import ImageTokenizer
+
+
+class GPTTrainingConfig(Config):
+    """reversed_share: of each batch read image → text. null_share: of the others, whose text is dropped for guidance."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossWeights = LossWeights()
+    reversed_share: float = Field(0.15, ge=0, le=1)
+    null_share: float = Field(0.1, ge=0, lt=1)
+
+
+class GPTRunConfig(Config):
+    """`configs/gpt/NAME.yaml`.
+
+    text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
+        folder, else the shipped one. source: "store" encodes the images once, "images" at every step.
+    """
+
+    name: str = "gpt"
+    data: DataConfig = DataConfig()
+    text_tokenizer: Path = Path("tokenizers/bilingual.model")
+    image_tokenizer: Path | None = None
+    source: Literal["store", "images"] = "store"
+    text_length: PositiveInt = 32
+    transformer: TransformerConfig = TransformerConfig()
+    positions: Literal["rotary", "learned"] = "rotary"
+    training: GPTTrainingConfig = GPTTrainingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+
+class GPTModule(L.LightningModule):
+    """Joins the GPT, its loss and a frozen image tokenizer. The tokenizer is no part of the checkpoint."""
+
+    def __init__(self, gpt: GPT, vq: ImageTokenizer, config: GPTTrainingConfig, max_steps: int) -> None:
+        super().__init__()
+        self.gpt, self.config, self.max_steps = gpt, config, max_steps
+        self._frozen = (vq.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
+
+    @property
+    def vq(self) -> ImageTokenizer:
+        return self._frozen[0].to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_adamw(self.gpt, self.config.optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_share(self.config.optimizer, step, self.max_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        n_reversed = round(self.config.reversed_share * len(batch.chance_B))
+        dropped = batch.chance_B < self.config.null_share
+        dropped[:n_reversed] = False  # a caption to be predicted stays
+        text = batch.text._replace(n_ids_B=batch.text.n_ids_B.masked_fill(dropped, 0))
+        loss = gpt_loss(self.gpt, text, self.image_ids(batch), n_reversed, self.config.loss)
+        parts = {f"train/{k}": v.detach() for k, v in loss._asdict().items() if k == "total" or not v.isnan()}
+        self.log_dict(parts | {"train/lr": self.optimizers().param_groups[0]["lr"]})
+        return loss.total
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        ids, n = self.image_ids(batch), len(batch.chance_B)
+        forth = gpt_loss(self.gpt, batch.text, ids, 0, self.config.loss)
+        back = gpt_loss(self.gpt, batch.text, ids, n, self.config.loss)
+        values = {
+            "val/image": forth.image,
+            "val/text": forth.text,
+            "val/text_from_image": back.text_from_image,
+            "val/image_unconditional": back.image_unconditional,
+        }
+        self.log_dict(values, sync_dist=True, batch_size=n)
+
+    def image_ids(self, batch: Batch) -> Tensor:
+        """Codes (B, I): those of the store, or of the batch's images."""
+        if batch.image_ids is not None:
+            return batch.image_ids.flatten(1)
+        with torch.no_grad():
+            return self.vq.encode(batch.image).flatten(1)
+
+    def export_model(self) -> GPT:
+        return self.gpt
+
+    def sample_images(self, batch: Batch, max_images: int = 8) -> Tensor:
+        """(3, 2H, n * W): validation images as the tokenizer sees them, over samples of their captions."""
+        ids = self.image_ids(batch)[:max_images].unflatten(1, (self.gpt.layout.config.grid_height, -1))
+        texts = [tuple(row[:n].tolist()) for row, n in zip(*_head(batch.text, max_images), strict=True)]
+        jobs = [Job(text, i, 0) for i, text in enumerate(texts)]
+        was_training = self.gpt.training
+        self.gpt.eval()
+        drawn = decode_image_ids(self.gpt, jobs, SamplingConfig(), seed=0).to(ids.device)
+        self.gpt.train(was_training)
+        rows = [self.vq.decode(ids), self.vq.decode(drawn)]
+        return rearrange(rows, "row b c h w -> c (row h) (b w)")
+
+
+def _head(text: TextBatch, n: int) -> tuple[Tensor, list[int]]:
+    return text.ids_BS[:n], text.n_ids_B[:n].tolist()
+
+
+def train_gpt(
+    config: GPTRunConfig, vq_folder: Path, vq: ImageTokenizer, runs: Path, *, resume: bool, deepspeed: bool | Path
+) -> Path:
+    """Train as configured and return the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
+    dataset = open_dataset(config.data)
+    tokenizer = TextTokenizer.load(config.text_tokenizer)
+    grid = vq.config.grid_size
+    gpt_config = GPTConfig(
+        transformer=config.transformer,
+        layout=LayoutConfig(
+            n_text_ids=tokenizer.n_ids,
+            n_image_ids=vq.config.vocab_size,
+            text_length=config.text_length,
+            grid_height=grid,
+            grid_width=grid,
+        ),
+        positions=config.positions,
+        text_tokenizer=tokenizer.fingerprint,
+        image_tokenizer=vq.fingerprint,
+    )
+    L.seed_everything(config.trainer.seed, verbose=False)
+    seed, splits = config.trainer.seed, (config.data.train_split, config.data.validation_split)
+    if config.source == "store":
+        store = ensure_store(dataset, vq, tokenizer, splits)
+        train, validation = (TokenSamples(store.split(split), seed) for split in splits)
+    else:
+        size = vq.config.image_size_px
+        train, validation = (ImageSamples(dataset.split(split), size, tokenizer, seed) for split in splits)
+    module = GPTModule(GPT(gpt_config), vq, config.training, config.trainer.max_steps)
+    ds_json = None
+    if deepspeed:
+        per_device = config.trainer.batch_size // config.trainer.devices
+        ds_json = deepspeed_json(config.deepspeed, per_device) if deepspeed is True else read_deepspeed_json(deepspeed)
+    return fit(
+        module,
+        StageData(train, validation, config.trainer, config.text_length),
+        run_config=config,
+        model_config=gpt_config,
+        card=stage_card(
+            "gpt",
+            dataset,
+            text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
+            image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
+        ),
+        runs=runs,
+        name=config.name,
+        resume=resume,
+        deepspeed=ds_json,
+    )

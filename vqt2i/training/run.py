@@ -1,0 +1,176 @@
+"""A training run: its folder, its Trainer, its data. The same for every stage."""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import nn
+
+from vqt2i.checkpoint import save_model
+from vqt2i.config import Config, save_config
+from vqt2i.data.build import ensure_default_dataset
+from vqt2i.data.shards import DataSet
+from vqt2i.errors import ConfigError
+from vqt2i.runtime import fastest_precision, pick_device, say
+from vqt2i.training.batches import SampleSource, training_loader, validation_loader
+from vqt2i.training.callbacks import Outputs, StepReport, checkpoints_in
+from vqt2i.training.strategy import build_strategy
+
+DEFAULT_DATASET = Path("data/shapes")
+
+
+class DataConfig(Config):
+    """Where the pairs are."""
+
+    path: Path = DEFAULT_DATASET
+    train_split: str = "train"
+    validation_split: str = "val"
+
+
+class TrainerConfig(Config):
+    """batch_size: samples per step over all devices. precision "auto" is whichever is faster here.
+
+    validate_every_steps: also how often a checkpoint, an export and a picture are written.
+    """
+
+    max_steps: PositiveInt = 1000
+    batch_size: PositiveInt = 64
+    seed: NonNegativeInt = 0
+    devices: PositiveInt = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_clip: float | None = Field(1.0, gt=0)
+    validate_every_steps: PositiveInt = 500
+    n_validation_samples: PositiveInt = 512
+    n_workers: NonNegativeInt = 0
+
+
+def open_dataset(config: DataConfig) -> DataSet:
+    """The data set of a run; the embedded default is made when it is asked for and not there yet."""
+    return ensure_default_dataset(config.path) if config.path == DEFAULT_DATASET else DataSet.open(config.path)
+
+
+class StageData(L.LightningDataModule):
+    """Loaders that know their rank, and the step to go on from after a resume."""
+
+    def __init__(
+        self, train: SampleSource, validation: SampleSource, config: TrainerConfig, text_length: int | None
+    ) -> None:
+        super().__init__()
+        self.train, self.validation, self.config, self.text_length = train, validation, config, text_length
+
+    def _ranks(self) -> dict[str, int]:
+        return {"rank": self.trainer.global_rank, "n_ranks": self.trainer.world_size}
+
+    def train_dataloader(self) -> Any:
+        return training_loader(
+            self.train, batch_size=self.config.batch_size, n_steps=self.config.max_steps, seed=self.config.seed,
+            first_step=self.trainer.global_step, text_length=self.text_length, n_workers=self.config.n_workers,
+            **self._ranks(),
+        )  # fmt: skip
+
+    def val_dataloader(self) -> Any:
+        per_rank = self.config.batch_size // self.trainer.world_size
+        return validation_loader(
+            self.validation, batch_size=per_rank, n_samples=self.config.n_validation_samples,
+            text_length=self.text_length, **self._ranks(),
+        )  # fmt: skip
+
+
+def new_run_folder(runs: Path, name: str) -> Path:
+    """`runs/NAME`, or `runs/NAME-2`, ... if that is taken: no run overwrites another."""
+    folder, count = runs / name, 1
+    while folder.exists():
+        count += 1
+        folder = runs / f"{name}-{count}"
+    return folder
+
+
+def newest_run_folder(runs: Path, name: str) -> Path:
+    """The newest run called NAME that has a checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folders = [f for f in runs.glob(f"{name}*") if checkpoints_in(f / "checkpoints")]
+    if not folders:
+        raise ConfigError(f"{runs / name}: no run with a checkpoint to resume; start one without --resume")
+    return max(folders, key=lambda f: checkpoints_in(f / "checkpoints")[-1].stat().st_mtime)
+
+
+def fit(
+    module: L.LightningModule,
+    data: StageData,
+    *,
+    run_config: Config,
+    model_config: Config,
+    card: dict[str, Any],
+    runs: Path,
+    name: str,
+    resume: bool,
+    deepspeed: dict[str, Any] | None = None,
+    find_unused_parameters: bool = False,
+) -> Path:
+    """Train to `max_steps` and return the run's folder, whose `model/` holds the export.
+
+    Raises:
+        ConfigError: a batch that the devices do not divide; nothing to resume, or made with another configuration.
+    """
+    config = data.config
+    if config.batch_size % config.devices:
+        raise ConfigError(f"trainer.batch_size {config.batch_size} must be a multiple of trainer.devices "
+                          f"{config.devices}")  # fmt: skip
+    folder = newest_run_folder(runs, name) if resume else new_run_folder(runs, name)
+    save_config(run_config, folder / "config.yaml")
+    device = pick_device()
+    precision = fastest_precision(device.type) if config.precision == "auto" else config.precision
+    start = time.monotonic()
+
+    def export(path: Path, facts: dict[str, Any]) -> None:
+        command = " ".join(["python", *sys.argv])
+        facts = {**card, "command": command, **facts, "seconds": round(time.monotonic() - start, 1)}
+        save_model(path, module.export_model(), model_config, facts)
+
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    say(f"training {name} into {folder}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
+        f"{config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "auto",
+        devices=config.devices,
+        strategy=build_strategy(device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters),
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_steps=config.max_steps,
+        max_epochs=1,
+        val_check_interval=min(config.validate_every_steps, config.max_steps),
+        gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
+        logger=CSVLogger(folder.parent, name=folder.name, version=""),
+        callbacks=[StepReport(config.batch_size), Outputs(folder, export)],
+        log_every_n_steps=20,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    checkpoint = checkpoints_in(folder / "checkpoints")[-1] if resume else None
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+    if config.max_steps % config.validate_every_steps:
+        trainer.validate(module, datamodule=data, verbose=False)
+    say(f"done in {time.monotonic() - start:.0f} s: {folder / 'model'}")
+    return folder
+
+
+def _trained(module: nn.Module) -> list[torch.Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def stage_card(kind: str, dataset: DataSet, **facts: Callable | str) -> dict[str, Any]:
+    """The start of a model card: what the model is and what it was trained on."""
+    return {"kind": kind, "data": {"path": str(dataset.folder), "fingerprint": dataset.fingerprint}, **facts}
