@@ -1,6 +1,7 @@
 """The embedded data set: scenes of a few flat shapes, their captions, and an oracle that reads a picture back."""
 
 from vqt2i.data.shapes.captions import LANGUAGES, Caption, Facts, ObjectFacts, caption_scene, draw_prompts
+from vqt2i.data.shapes.oracle import ReadObject, ReadScene, Verdict, check, read_scene
 from vqt2i.data.shapes.render import SIZES_PX, render
 from vqt2i.data.shapes.scene import Scene, SceneObject
 from vqt2i.data.shapes.source import pairs
@@ -13,12 +14,17 @@ __all__ = [
     "Caption",
     "Facts",
     "ObjectFacts",
+    "ReadObject",
+    "ReadScene",
     "Scene",
     "SceneObject",
+    "Verdict",
     "caption_scene",
+    "check",
     "draw_prompts",
     "draw_scene",
     "held_out_in",
     "pairs",
+    "read_scene",
     "render",
 ]
