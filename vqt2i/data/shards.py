@@ -304,9 +304,7 @@ class Split(Sequence[Pair]):
 
     def _captions(self, files: dict[str, bytes]) -> dict[str, tuple[str, ...]]:
         names = {language: f"{language}.txt" if i else "txt" for i, language in enumerate(self._languages)}
-        return {
-            language: tuple(files[name].decode().splitlines()) for language, name in names.items() if name in files
-        }
+        return {language: tuple(files[name].decode().splitlines()) for language, name in names.items() if name in files}
 
     def _sample(self, index: int) -> tuple[Path, str, dict[str, bytes]]:
         """The shard, the key, and the sample's files by suffix."""
