@@ -1,6 +1,9 @@
 """Train a SentencePiece unigram model (Kudo 2018) with byte fallback."""
 
 import io
+import re
+import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,11 @@ from vqt2i.errors import DataError
 from vqt2i.files import write_atomic, write_json
 from vqt2i.text.tokenizer import TextTokenizer
 
+_HAN = re.compile(r"[\u3400-\u9fff\U00020000-\U0003ffff]")
+_NORMALISATION = "nmt_nfkc_cf"  # NFKC and case folding
+_MAX_PIECE = 16  # characters, as SentencePiece has it
+_MAX_WORD = 100  # characters of a word that are searched for pieces; longer ones are no words
+
 
 class TextTokenizerConfig(Config):
     """vocabulary_size counts the 256 bytes of the fallback; character_coverage leaves rarer characters to them."""
@@ -22,26 +30,55 @@ class TextTokenizerConfig(Config):
 
 
 def train_text_tokenizer(texts: Iterable[str], config: TextTokenizerConfig) -> TextTokenizer:
-    """Train on `texts` (captions, one at a time). Deterministic: one thread, no sampling.
+    """Train on the different lines of `texts`. Deterministic: one thread, no sampling.
+
+    A Han character is always a piece of its own. Chinese has no spaces, so the pieces would otherwise grow into whole
+    phrases ("red circle"), and a phrase never seen would be spelt unlike its parts.
 
     Raises:
         DataError: no text, or too little for the vocabulary asked for.
     """
-    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    lines = dict.fromkeys(line for text in texts for line in text.splitlines() if line.strip())
     if not lines:
         raise DataError("no captions to train a text tokenizer on; expected at least a few hundred")
+    normaliser = sentencepiece.SentencePieceNormalizer(rule_name=_NORMALISATION)
+    words = Counter(
+        word for line in lines for word in _HAN.sub(r" \g<0> ", normaliser.Normalize(line)).replace("▁", " ").split()
+    )
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="unigram",
-            vocab_size=config.vocabulary_size, character_coverage=config.character_coverage,
-            byte_fallback=True, normalization_rule_name="nmt_nfkc", split_digits=True,
-            hard_vocab_limit=False, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tsv") as seeds:
+            seeds.writelines(f"{piece}\t{score}\n" for piece, score in _candidates(words).items())
+            seeds.flush()
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=(f"{word}\t{count}" for word, count in words.items()), input_format="tsv",
+                seed_sentencepieces_file=seeds.name, model_writer=model, model_type="unigram",
+                vocab_size=config.vocabulary_size, character_coverage=config.character_coverage,
+                byte_fallback=True, normalization_rule_name=_NORMALISATION, split_digits=True,
+                hard_vocab_limit=False, num_threads=1, minloglevel=2, max_sentence_length=100_000,
+            )  # fmt: skip
     except RuntimeError as error:
         raise DataError(f"{len(lines)} captions do not fill a vocabulary of {config.vocabulary_size} "
                         f"({str(error).splitlines()[-1]}); ask for a smaller one") from None  # fmt: skip
     return TextTokenizer(model.getvalue(), "the model just trained")
+
+
+def _candidates(words: Counter[str]) -> Counter[str]:
+    """Every substring that a piece could be, with SentencePiece's own score, frequency times length.
+
+    SentencePiece finds them with a suffix array, which has no entry for a word that is always followed by a space
+    ("small" in the corpus of the shapes); so it is given the list.
+    """
+    frequency: Counter[str] = Counter()
+    for word, count in words.items():
+        if _HAN.fullmatch(word):
+            frequency.update({"▁": count, word: count})
+            continue
+        marked = "▁" + word[:_MAX_WORD]
+        for start in range(len(marked)):
+            for stop in range(start + 1, min(start + _MAX_PIECE, len(marked)) + 1):
+                frequency[marked[start:stop]] += count
+    return Counter({piece: n * len(piece) for piece, n in frequency.items() if n > 1 or len(piece) == 1})
 
 
 def read_lines(path: Path) -> list[str]:
