@@ -208,7 +208,7 @@ def test_two_ranks_keep_the_codebook_of_one_process_over_the_joint_batch(tmp_pat
         alone = train_steps(config, [features(seed) for seed in range(8)])
         for key, tensor in alone.items():
             assert torch.equal(ranks[0][name][key], ranks[1][name][key]), (name, key)
-            torch.testing.assert_close(ranks[0][name][key], tensor, msg=f"{name} {key}")
+            torch.testing.assert_close(ranks[0][name][key], tensor)
 
 
 def train_one_rank(rank: int, folder: Path) -> None:

@@ -4,6 +4,7 @@ Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 to 7; hinge loss of Li
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, model_validator
 from torch import Tensor, nn
@@ -64,9 +65,19 @@ def adaptive_weight(
 ) -> Tensor:
     """Gradient norm of the reconstruction loss over that of the adversarial loss, both at `last_layer`.
 
-    Clamped to [0, highest] and detached: with it, both losses pull equally hard (Esser et al. 2021, equation 7).
+    Clamped to [0, highest] and detached: with it, both losses pull equally hard (Esser et al. 2021, equation 7). The
+    gradients are those of the joint batch of all ranks.
     """
-    (from_pixels,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    (from_critic,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
-    ratio = from_pixels.float().norm() / (from_critic.float().norm() + 1e-6)
-    return ratio.clamp(0, highest).detach()
+    norms = []
+    for loss in (reconstruction_loss, adversarial_loss):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append(_mean_over_ranks(gradient.float()).norm())
+    return (norms[0] / (norms[1] + 1e-6)).clamp(0, highest).detach()
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return x
+    x = x.contiguous()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
