@@ -41,14 +41,15 @@ _SHIFTS = range(-2, 3)
 _BLURS = (0.0, 0.7, 1.1)  # standard deviations in pixels; blurred sprites are tried where sharp ones explain too little
 _WELL_EXPLAINED = 0.97
 _SAME_OUTLINE = 0.8  # intersection over union from which a blob may be an outer shape with another inside
-_NESTED_MUST_GAIN = 0.7
+_LEFT_UNEXPLAINED = 0.4  # share of what is seen inside an outer shape that an inner one may leave
 _CONTRAST = 45.0  # RGB distance from the background at which a pixel is foreground; objects are 113 or more away
 _NOISE_FACTOR = 2.2  # ... and this many times the background's median distance from its own colour
 _SMALLEST_AREA, _LEAST_PEAK = 18, 75.0  # in pixels, in RGB distance; a blob with less is a smudge (objects: 36, 113)
 _WIDEST = max(SIZES.values()) + 3  # a wider blob is several objects that a deformation has joined
+_MOST_ASSIGNED = 6  # read objects that `check` tries to assign, lest a picture of confetti take it for ever
 
-MIN_CONFIDENCE = 0.5
-"""An object explained less well than this counts as no known shape in `check`."""
+MIN_CONFIDENCE = 0.75
+"""Below it `check` sees no known shape, size or fill: a large half circle reads as a moon with 0.73."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def read_scene(image_HW3: np.ndarray) -> ReadScene:
     if shape[0] != CANVAS:
         image_HW3 = np.asarray(Image.fromarray(image_HW3).resize((CANVAS, CANVAS), Image.Resampling.BOX))
     picture = image_HW3.astype(np.float32)
-    background, rgb = _read_background(picture)
-    objects = [thing for blob in _blobs(picture, rgb) for thing in _read_blob(picture, rgb, blob)]
+    background, rgb, noise = _read_background(picture)
+    level = max(_CONTRAST, _NOISE_FACTOR * noise)
+    objects = [thing for blob in _blobs(picture, rgb, level) for thing in _read_blob(picture, rgb, blob)]
     return ReadScene(background, tuple(sorted(objects, key=lambda thing: (thing.x, thing.y))))
 
 
@@ -112,7 +114,8 @@ def check(image_HW3: np.ndarray, facts: Facts) -> Verdict:
     """
     read = read_scene(image_HW3)
     n = len(facts.objects)
-    candidates = [*read.objects, *[None] * (n - len(read.objects))]
+    surest = sorted(read.objects, key=lambda thing: -thing.confidence)[:_MOST_ASSIGNED]
+    candidates = [*surest, *[None] * (n - len(surest))]
     verdicts = (_judge(assigned, facts) for assigned in permutations(candidates, n))
     parts = max(verdicts, key=lambda parts: sum(parts.values()))
     parts["count"] = len(read.objects) == n
@@ -139,20 +142,22 @@ def _shows(thing: ReadObject | None, stated: ObjectFacts, name: str) -> bool:
     return known and getattr(thing, name) == getattr(stated, name)
 
 
-def _read_background(picture: np.ndarray) -> tuple[Background, np.ndarray]:
-    """The background that most pixels are nearest to, and its colour as found: the median of those pixels."""
+def _read_background(picture: np.ndarray) -> tuple[Background, np.ndarray, float]:
+    """The background that most pixels are nearest to; the median of those pixels, and their median distance from it."""
     names = tuple(BACKGROUND_RGB)
     palette = np.float32([*BACKGROUND_RGB.values(), *COLOUR_RGB.values(), INK_RGB])
     nearest = ((picture[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     best = int(np.bincount(nearest.ravel(), minlength=len(palette))[: len(names)].argmax())
     voters = picture[nearest == best]
-    return names[best], np.median(voters, axis=0) if len(voters) else palette[best]
+    if not len(voters):
+        return names[best], palette[best], 0.0
+    rgb = np.median(voters, axis=0)
+    return names[best], rgb, float(np.median(np.sqrt(((voters - rgb) ** 2).sum(1))))
 
 
-def _blobs(picture: np.ndarray, background_rgb: np.ndarray) -> Iterator[np.ndarray]:
-    """Masks (CANVAS, CANVAS) of the foreground's connected parts, smudges left out."""
+def _blobs(picture: np.ndarray, background_rgb: np.ndarray, level: float) -> Iterator[np.ndarray]:
+    """Masks (CANVAS, CANVAS) of the connected parts with a contrast above `level`, smudges left out."""
     contrast = np.sqrt(((picture - background_rgb) ** 2).sum(-1))
-    level = max(_CONTRAST, _NOISE_FACTOR * float(np.median(contrast)))
     stack = [(contrast > level, level)]
     while stack:
         mask, level = stack.pop()
@@ -250,16 +255,15 @@ def _read_blob(picture: np.ndarray, background_rgb: np.ndarray, blob: np.ndarray
     x, y = (box.left + box.right) // 2, (box.top + box.bottom) // 2
     near = _grown(blob)  # soft edges belong to the blob, its neighbours do not
     rest_P3 = _window(np.where(near[..., None], picture - background_rgb, 0), x, y).reshape(-1, 3)
-    outer_index = _find_outer(_window(blob, x, y).ravel())
+    outer_index = _find_outer(rest_P3)
     energy = float((rest_P3**2).sum())
     fits: list[tuple[_Fit, ...]] = []
     for blur in _BLURS:
         templates = _templates(blur)
         fits.append((_fit(rest_P3, background_rgb, templates),))
         if outer_index is not None:
-            fits.append(_fit_nested(rest_P3, background_rgb, outer_index, templates))
-        # two objects explain anything a little better than one does: they must do so clearly
-        best = min(fits, key=lambda fit: fit[0].error / _NESTED_MUST_GAIN ** (len(fit) - 1))
+            fits += _fit_nested(rest_P3, background_rgb, outer_index, templates)
+        best = min(fits, key=lambda fit: fit[0].error)
         if best[0].error < (1 - _WELL_EXPLAINED) * energy:
             break
     confidence = max(0.0, 1 - best[0].error / energy)
@@ -288,7 +292,7 @@ def _fit(rest_P3: np.ndarray, behind_rgb: np.ndarray, templates: _Templates) -> 
     return _Fit(int(index), COLOURS[colour], float(error_TK[index, colour]))
 
 
-def _find_outer(mask_P: np.ndarray) -> int | None:
+def _find_outer(rest_P3: np.ndarray) -> int | None:
     """The template of a large solid shape that has the blob's outline and room inside; None where none has."""
     templates = _templates(0.0)
     indices = [
@@ -296,6 +300,8 @@ def _find_outer(mask_P: np.ndarray) -> int | None:
         for index, (shape, size, fill, *_) in enumerate(templates.sprites)
         if shape in OUTER_SHAPES and size == "large" and fill == "solid"
     ]
+    contrast_P = np.sqrt((rest_P3**2).sum(1))
+    mask_P = contrast_P > 0.4 * np.median(contrast_P[contrast_P > _CONTRAST])
     covers = templates.colour_TP[indices] > 0.5
     overlap = (covers & mask_P).sum(1) / (covers | mask_P).sum(1)
     return indices[int(overlap.argmax())] if overlap.max() > _SAME_OUTLINE else None
@@ -303,17 +309,28 @@ def _find_outer(mask_P: np.ndarray) -> int | None:
 
 def _fit_nested(
     rest_P3: np.ndarray, background_rgb: np.ndarray, outer_index: int, templates: _Templates
-) -> tuple[_Fit, _Fit]:
-    """A small object of another colour inside the outer shape, which has the colour of the blob's rim."""
+) -> list[tuple[_Fit, _Fit]]:
+    """A small object of another colour inside the outer shape, which has the colour of the blob's rim; [] if none is.
+
+    Two objects explain anything a little better than one does, so the inner one must be there to see: it has an
+    object's contrast, and explains most of what the outer one leaves.
+    """
     *_, x, y = templates.sprites[outer_index]
     ticks = np.arange(_WINDOW) + 0.5 - _WINDOW / 2
-    from_centre = np.maximum(abs(ticks[:, None] - y), abs(ticks - x)).ravel()
-    rim = rest_P3[(templates.colour_TP[outer_index] > 0.9) & (from_centre > SIZES["small"] / 2)]
+    from_centre_P = np.maximum(abs(ticks[:, None] - y), abs(ticks - x)).ravel()
+    outer_P = templates.colour_TP[outer_index]
+    within_P = outer_P > 0.9
+    rim = rest_P3[within_P & (from_centre_P > SIZES["small"] / 2)]
     colours_K3 = _palette() - background_rgb
     colour = int(((np.median(rim, axis=0) - colours_K3) ** 2).sum(1).argmin())
-    remainder = rest_P3 - templates.colour_TP[outer_index][:, None] * colours_K3[colour]
-    inner = _fit(remainder, background_rgb + colours_K3[colour], templates)
-    return inner, _Fit(outer_index, COLOURS[colour], inner.error)
+    remainder_P3 = rest_P3 - outer_P[:, None] * colours_K3[colour]
+    inside_P3 = np.where(within_P[:, None], remainder_P3, 0)
+    energy = float((inside_P3**2).sum())
+    inner = _fit(inside_P3, background_rgb + colours_K3[colour], templates)
+    if energy < _SMALLEST_AREA * _LEAST_PEAK**2 or inner.error > _LEFT_UNEXPLAINED * energy:
+        return []
+    error = inner.error + float((remainder_P3[~within_P] ** 2).sum())
+    return [(_Fit(inner.index, inner.colour, error), _Fit(outer_index, COLOURS[colour], error))]
 
 
 def _palette() -> np.ndarray:
