@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from vqt2i.config import Config
 from vqt2i.data import shapes
@@ -18,7 +18,7 @@ from vqt2i.data.duplicates import Duplicates, Signature, signature
 from vqt2i.data.images import fit_square
 from vqt2i.data.pairs import Pair
 from vqt2i.data.report import Report, TokenCount
-from vqt2i.data.shards import MAX_KEY_CHARS, SPEC_NAME, DataSet, ImageFormat, ShardWriter
+from vqt2i.data.shards import MAX_KEY_CHARS, SPEC_NAME, DataSet, ImageFormat, ShardWriter, is_language
 from vqt2i.data.sources import Entries, Item, Rejection
 from vqt2i.errors import DataError
 from vqt2i.files import new_folder
@@ -52,6 +52,13 @@ class BuildConfig(Config):
     primary_language: str = "en"
     image_format: ImageFormat = "png"
     shard_size: PositiveInt = 1000
+
+    @field_validator("primary_language")
+    @classmethod
+    def _check_language(cls, language: str) -> str:
+        if not is_language(language):
+            raise ValueError("expected a language code such as en, zh or pt-BR")
+        return language
 
 
 class _Sample(NamedTuple):

@@ -224,12 +224,17 @@ def _sheet_html(split: str, n: int, sheet: list[Pair]) -> str:
     title = f"{split}: {len(sheet)} of {n:,} samples" if len(sheet) < n else f"{split}: all {n:,} samples"
     html = [f"<h2>{escape(title)}</h2><div class=sheet>"]
     for pair in sheet:
-        lines = [(language, caption) for language, captions in pair.captions.items() for caption in captions]
-        text = "".join(f"<p lang={escape(language)}>{escape(caption)}</p>" for language, caption in lines)
+        text = "".join(_captions_html(language, captions) for language, captions in pair.captions.items())
         key = escape(pair.key)
         html.append(f'<figure><img alt="{key}" title="{key}" src="{_data_uri(pair.image_HW3)}">')
         html.append(f"<figcaption>{text}</figcaption></figure>")
     return "\n".join([*html, "</div>"])
+
+
+def _captions_html(language: str, captions: tuple[str, ...]) -> str:
+    """The first caption; the others are told by a number, and shown where the pointer rests."""
+    more = f" <small>+{len(captions) - 1}</small>" if len(captions) > 1 else ""
+    return f'<p lang={escape(language)} title="{escape(" | ".join(captions))}">{escape(captions[0])}{more}</p>'
 
 
 def _cell(value: str | int) -> str:
@@ -265,7 +270,9 @@ td { text-align: right; border-top: 1px solid #e6e6e6; white-space: nowrap }
 th, td { padding: .12rem .5rem .12rem 0 } th:first-child, td:first-child { text-align: left; white-space: normal }
 .bar { width: 35% } .bar i { display: block; height: .7rem; background: #4c78a8; min-width: 1px }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .9rem }
-figure { margin: 0; min-width: 0 } figcaption { max-height: 9em; overflow: auto; overflow-wrap: anywhere }
-figcaption p { color: #222; font-size: .8rem; line-height: 1.3 }
+figure { margin: 0; min-width: 0 }
+figcaption p { color: #222; font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere }
+figcaption p { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6; overflow: hidden }
+small { color: #888 }
 img { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; border: 1px solid #ddd }
 """
