@@ -1,5 +1,3 @@
-"""Measured on 500 scenes each (half train, half unseen), everything stated right: see the table in oracle.py."""
-
 import io
 from dataclasses import replace
 
