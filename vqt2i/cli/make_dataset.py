@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     shapes = sources.add_parser("shapes", parents=[drawn, everywhere], help="the embedded set: scenes of flat shapes")
-    shapes.add_argument("--size", type=int, default=32, dest="size_px", metavar="N", help="32 (default), 64 or 128 px")
-    for split, count in (("train", 30_000), ("val", 1_000), ("unseen", 1_000)):
-        shapes.add_argument(f"--n-{split}", type=int, default=count, metavar="N", help=f"default {count}")
+    shapes.add_argument("--size", type=int, dest="size_px", metavar="N", help="32 (default), 64 or 128 px")
+    shapes.add_argument("--n-train", type=int, metavar="N", help="pictures for training (default 30000)")
+    shapes.add_argument("--n-val", type=int, metavar="N", help="pictures of the same kind, to validate (default 1000)")
+    shapes.add_argument("--n-unseen", type=int, metavar="N", help="pictures of combinations train lacks (default 1000)")
     shapes.add_argument("--seed", type=int, default=0)
 
     emoji = sources.add_parser("emoji", parents=[drawn, found, everywhere], help="colour emoji and their names")
@@ -70,31 +71,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vqt2i.data.build import BuildConfig
+    from vqt2i.data.build import SHAPES_CONFIG, BuildConfig
 
-    token_count = _token_count(args)
-    if args.source == "shapes":
-        _run_shapes(args, token_count)
-        return
     given = {key: value for key, value in vars(args).items() if key in BuildConfig.model_fields and value is not None}
-    config = build_config(BuildConfig, given, "make_dataset")
-    {"emoji": _run_emoji, "folder": _run_folder, "table": _run_table, "webdataset": _run_tars}[args.source](
-        args, config, token_count
-    )
+    defaults = SHAPES_CONFIG.model_dump() if args.source == "shapes" else {}
+    config = build_config(BuildConfig, defaults | given, "make_dataset")
+    runners = {
+        "shapes": _run_shapes,
+        "emoji": _run_emoji,
+        "folder": _run_folder,
+        "table": _run_table,
+        "webdataset": _run_tars,
+    }
+    runners[args.source](args, config, _token_count(args))
 
 
-def _run_shapes(args: argparse.Namespace, token_count: "TokenCount | None") -> None:
-    from vqt2i.data.build import build_shapes
+def _run_shapes(args: argparse.Namespace, config: "BuildConfig", token_count: "TokenCount | None") -> None:
+    from vqt2i.data.build import DEFAULT_COUNTS, build_shapes
 
-    counts = {"train": args.n_train, "val": args.n_val, "unseen": args.n_unseen}
+    given = {"train": args.n_train, "val": args.n_val, "unseen": args.n_unseen}
+    counts = {split: DEFAULT_COUNTS[split] if count is None else count for split, count in given.items()}
     for split, count in counts.items():
         if count < (split == "train"):
             raise DataError(f"--n-{split} {count}: expected {'at least 1' if split == 'train' else '0 or more'}")
-    shard_size = {} if args.shard_size is None else {"shard_size": args.shard_size}
-    build_shapes(
-        args.out or Path("data/shapes"), size_px=args.size_px, counts=counts, seed=args.seed,
-        token_count=token_count, **shard_size,
-    )  # fmt: skip
+    build_shapes(args.out or Path("data/shapes"), config=config, counts=counts, seed=args.seed, token_count=token_count)
 
 
 def _run_emoji(args: argparse.Namespace, config: "BuildConfig", token_count: "TokenCount | None") -> None:

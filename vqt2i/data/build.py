@@ -24,9 +24,6 @@ from vqt2i.errors import DataError
 from vqt2i.files import new_folder
 from vqt2i.runtime import progress, say
 
-DEFAULT_SIZE_PX = 32
-DEFAULT_COUNTS = {"train": 30_000, "val": 1_000, "unseen": 1_000}
-
 
 class BuildConfig(Config):
     """What to keep and how to store it.
@@ -244,6 +241,10 @@ def _nothing_usable(report: Report, missing_split: str) -> str:
 
 # --- the embedded default ---
 
+DEFAULT_COUNTS = {"train": 30_000, "val": 1_000, "unseen": 1_000}
+# There are few enough simple scenes that some come twice, under other captions: no fault in this set.
+SHAPES_CONFIG = BuildConfig(size_px=32, drop_duplicates="none")
+
 
 def shapes_items(counts: dict[str, int], seed: int, size_px: int) -> Entries:
     """The embedded set: `counts` scenes of each split."""
@@ -256,19 +257,17 @@ def shapes_items(counts: dict[str, int], seed: int, size_px: int) -> Entries:
 def build_shapes(
     out: Path,
     *,
-    size_px: int = DEFAULT_SIZE_PX,
+    config: BuildConfig = SHAPES_CONFIG,
     counts: dict[str, int] = DEFAULT_COUNTS,
     seed: int = 0,
-    shard_size: int = 1000,
     token_count: TokenCount | None = None,
 ) -> DataSet:
-    """Draw the embedded data set, reproducible from `seed`."""
+    """Draw the embedded data set, reproducible from `seed`, at `config.size_px`."""
     return build_dataset(
         out,
-        shapes_items(counts, seed, size_px),
-        # of simple scenes there are few enough that some come twice, under other captions: no fault here
-        BuildConfig(drop_duplicates="none", shard_size=shard_size),
-        source={"kind": "shapes", "size_px": size_px, "counts": counts, "seed": seed},
+        shapes_items(counts, seed, config.size_px),
+        config,
+        source={"kind": "shapes", "size_px": config.size_px, "counts": counts, "seed": seed},
         token_count=token_count,
         total=sum(counts.values()),
     )
@@ -281,7 +280,7 @@ def ensure_default_dataset(folder: Path) -> DataSet:
     """
     if not (folder / SPEC_NAME).exists():
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            say(f"{folder}: no data set there yet; drawing the embedded one ({DEFAULT_SIZE_PX} px shapes), once")
+            say(f"{folder}: no data set there yet; drawing the embedded one ({SHAPES_CONFIG.size_px} px shapes), once")
             return build_shapes(folder)
         while not (folder / SPEC_NAME).exists():
             time.sleep(0.5)

@@ -214,7 +214,8 @@ def _section_html(section: Section) -> str:
         html.append("<table><tr>" + "".join(f"<th>{escape(column)}" for column in section.columns))
         for row in section.rows:
             cells = "".join(f"<td>{escape(_cell(value))}" for value in row)
-            bar = f'<td class=bar><i style="width:{100 * row[-1] / most:.1f}%"></i>' if section.bars else ""
+            length = f'<i style="width:{100 * row[-1] / most:.1f}%"></i>' if section.bars and row[-1] else ""
+            bar = f"<td class=bar>{length}" if section.bars else ""
             html.append(f"<tr>{cells}{bar}")
         html.append("</table>")
     return "\n".join([*html, f"<p>{escape(section.remark)}</p></section>"])
@@ -262,8 +263,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76re
 body { color: #222; background: #fff }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
 p { margin: .3rem 0; color: #666; font-size: .87rem }
-main { columns: 30rem 2; column-gap: 3rem } section { break-inside: avoid; padding-bottom: .4rem }
-section h2 { margin-top: .8rem }
+main { margin-top: 1.2rem; columns: 30rem 2; column-gap: 3rem } section { break-inside: avoid; padding-bottom: 1.1rem }
+section h2 { margin-top: 0 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th { text-align: right; font-weight: 600; font-size: .8rem; color: #666; vertical-align: bottom }
 td { text-align: right; border-top: 1px solid #e6e6e6; white-space: nowrap }
