@@ -89,6 +89,19 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     return result
 
 
+def _default_values(cls: type[Config]) -> dict[str, Any]:
+    defaults = {name: field.get_default() for name, field in cls.model_fields.items()}
+    return {name: value.model_dump(mode="json") for name, value in defaults.items() if isinstance(value, Config)}
+
+
+def _merge(defaults: Any, values: Any) -> Any:
+    if not isinstance(defaults, dict) or not isinstance(values, dict):
+        return values
+    if "kind" in values and values["kind"] != defaults.get("kind"):
+        return values
+    return defaults | {key: _merge(defaults.get(key), value) for key, value in values.items()}
+
+
 def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
 
@@ -106,9 +119,14 @@ def build_config(cls: type[ConfigT], values: dict[str, Any], name: str) -> Confi
 
 
 def load_config(cls: type[ConfigT], path: Path | None, overrides: list[str] = ()) -> ConfigT:
-    """Load `cls` from a YAML file (or its defaults, for None) with `a.b=value` overrides."""
+    """Load `cls` from a YAML file (or its defaults, for None) with `a.b=value` overrides.
+
+    What a group leaves out keeps the default that `cls` gives it, not that of the group's own class: a stage may want
+    another batch size than the general one. A group of another `kind` than the default starts afresh.
+    """
     values = read_yaml_mapping(path) if path else {}
-    return build_config(cls, apply_overrides(values, list(overrides)), str(path or "configuration"))
+    values = _merge(_default_values(cls), apply_overrides(values, list(overrides)))
+    return build_config(cls, values, str(path or "configuration"))
 
 
 def to_yaml(config: Config) -> str:

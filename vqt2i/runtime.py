@@ -4,7 +4,8 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -37,20 +38,30 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f} {self.unit}/s")
 
 
-def progress(items: Iterable[T], label: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Iterate over `items` with a bar, a rate and the time left, and one line with the rate at the end."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
+@contextmanager
+def counter(label: str, total: int | None, *, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that counts work done: a bar with a rate and the time left, and one line with the rate at the end."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()]
-    start, count = time.monotonic(), 0
+    start, done = time.monotonic(), 0
     with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.advance(task, count)
+
+        yield advance
+    seconds = time.monotonic() - start
+    say(f"{label}: {done:,} {unit} in {seconds:.1f} s ({done / max(seconds, 1e-9):,.1f} {unit}/s)")
+
+
+def progress(items: Iterable[T], label: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterate over `items`, counted by `counter`."""
+    with counter(label, len(items) if total is None and hasattr(items, "__len__") else total, unit=unit) as advance:
         for item in items:
             yield item
-            count += 1
-            bar.advance(task)
-    seconds = time.monotonic() - start
-    say(f"{label}: {count:,} {unit} in {seconds:.1f} s ({count / max(seconds, 1e-9):,.1f} {unit}/s)")
+            advance(1)
 
 
 def stream_seed(*parts: object) -> int:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vqt2i.training.batches import Batch
 from vqt2i.training.optim import OptimizerConfig
 from vqt2i.training.vqgan import VQGANModule, VQGANTrainingConfig
 from vqt2i.vq.autoencoder import ImageTokenizer
@@ -23,6 +24,10 @@ OPTIMIZER = OptimizerConfig(learning_rate=4e-3, warmup_steps=2)
 CRITIC = AdversarialConfig(channels=4, n_layers=2, start_share=0.5)
 
 
+def _stack(batches: list[Batch]) -> Batch:
+    return Batch(torch.stack([batch.image for batch in batches]), None, None, torch.zeros(len(batches)))
+
+
 def make(max_steps: int, adversarial: AdversarialConfig | None = None, **changes) -> VQGANModule:
     torch.manual_seed(0)
     config = VQGANTrainingConfig(optimizer=OPTIMIZER, loss=VQGANLossConfig(adversarial=adversarial), **changes)
@@ -32,7 +37,7 @@ def make(max_steps: int, adversarial: AdversarialConfig | None = None, **changes
 def loader(n: int = 16, batch_size: int = 4) -> DataLoader:
     blocks = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pictures = torch.nn.functional.interpolate(blocks, scale_factor=4.0)
-    return DataLoader([{"image": picture} for picture in pictures], batch_size=batch_size)
+    return DataLoader([Batch(picture, None, None, None) for picture in pictures], batch_size=batch_size, collate_fn=_stack)
 
 
 def make_trainer(max_steps: int, devices: int = 1, **settings) -> L.Trainer:
@@ -160,10 +165,10 @@ def test_sample_picture_holds_inputs_over_reconstructions():
     kept = copy.deepcopy(batch)
     picture = module.sample_images(batch, max_images=3)
     assert picture.shape == (3, 2 * 16, 3 * 16)
-    assert torch.equal(picture[:, :16, 16:32], batch["image"][1])
+    assert torch.equal(picture[:, :16, 16:32], batch.image[1])
     torch.testing.assert_close(picture[:, 16:, 16:32], module.export_model().decode(
-        module.export_model().encode(batch["image"]))[1])  # fmt: skip
-    assert torch.equal(batch["image"], kept["image"])
+        module.export_model().encode(batch.image))[1])  # fmt: skip
+    assert torch.equal(batch.image, kept.image)
 
 
 class FirstGradients(L.Callback):

@@ -47,7 +47,9 @@ def _top_parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"vqt2i.cli.{verb}")
         lines.append(f"  {verb:16} {(module.__doc__ or '').splitlines()[0]}")
     parser = argparse.ArgumentParser(
-        prog="vqt2i", usage="vqt2i COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="vqt2i",
+        usage="vqt2i COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(lines) + "\n\n`vqt2i COMMAND --help` explains one.",
     )
     parser.add_argument("--version", action="version", version=f"vqt2i {__version__}")

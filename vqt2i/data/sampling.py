@@ -24,7 +24,15 @@ class StepSampler(Sampler[list[Visit]]):
     """
 
     def __init__(
-        self, n_samples: int, batch_size: int, n_steps: int, seed: int, *, first_step: int = 0, rank: int = 0, n_ranks: int = 1
+        self,
+        n_samples: int,
+        batch_size: int,
+        n_steps: int,
+        seed: int,
+        *,
+        first_step: int = 0,
+        rank: int = 0,
+        n_ranks: int = 1,
     ) -> None:
         self.n_samples, self.batch_size, self.n_steps, self.seed = n_samples, batch_size, n_steps, seed
         self.first_step, self.rank, self.n_ranks = first_step, rank, n_ranks

@@ -1,10 +1,10 @@
 """The token store: a data set as ids, memory-mapped, in random access.
 
-    store.json                fingerprints of the data set and both tokenizers, grid, splits
-    SPLIT.image_ids.npy       (samples, grid height, grid width), codes from 0
-    SPLIT.text_ids.npy        all captions one after the other, whole (a reader truncates)
-    SPLIT.text_ends.npy       (captions,) where each caption ends in text_ids
-    SPLIT.caption_ends.npy    (samples,) where each sample's captions end in text_ends
+store.json                fingerprints of the data set and both tokenizers, grid, splits
+SPLIT.image_ids.npy       (samples, grid height, grid width), codes from 0
+SPLIT.text_ids.npy        all captions one after the other, whole (a reader truncates)
+SPLIT.text_ends.npy       (captions,) where each caption ends in text_ids
+SPLIT.caption_ends.npy    (samples,) where each sample's captions end in text_ends
 """
 
 import json

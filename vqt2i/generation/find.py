@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vqt2i.checkpoint import CARD, CONFIG, load_model, read_card
+from vqt2i.config import build_config
 from vqt2i.errors import CheckpointError
 from vqt2i.generation.pipeline import PARTS, PIPELINE, PipelineConfig, TextToImage
 from vqt2i.runtime import say
@@ -74,7 +75,13 @@ def open_pipeline(model: str | None, runs: Path, device: str = "auto") -> TextTo
         folder = folder / "model" if (folder / "model").is_dir() else folder
     parts = trained_parts(folder, runs)
     say("pipeline: " + ", ".join(f"{part} {parts[part] or 'none'}" for part in PARTS))
-    return TextToImage.from_parts(parts, PipelineConfig(), device)
+    return TextToImage.from_parts(parts, _defaults(folder), device)
+
+
+def _defaults(gpt_folder: Path) -> PipelineConfig:
+    card = read_card(gpt_folder)
+    values = {key: card[key] for key in ("sampling", "example_prompts") if key in card}
+    return build_config(PipelineConfig, values, str(gpt_folder / CARD))
 
 
 def _by_fingerprint(folders: list[Path], wanted: dict[str, str], gpt_folder: Path) -> Path:

@@ -101,6 +101,12 @@ class TextToImage:
         place = pick_device(device)
         return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config)
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Content hash of each part."""
+        parts = {"text": self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip}
+        return {name: part.fingerprint for name, part in parts.items() if part is not None}
+
     def generate(
         self,
         prompts: Sequence[str],

@@ -31,7 +31,7 @@ class StepReport(L.Callback):
             return
         rate = (step - self.last_step) / max(now - self.last_seconds, 1e-9)
         left = (trainer.max_steps - step) * (now - self.start_seconds) / max(step - self.first_step, 1)
-        losses = [f"{k.removeprefix('train/')} {v:.3f}" for k, v in trainer.callback_metrics.items() if "train/" in k]
+        losses = [f"{k.removeprefix('train/')} {v:.3g}" for k, v in trainer.callback_metrics.items() if "train/" in k]
         say(f"step {step:,}/{trainer.max_steps:,}  {'  '.join(losses)}  "
             f"{rate * self.batch_size:,.0f} samples/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
         self.last_seconds, self.last_step = now, step

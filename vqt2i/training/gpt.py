@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from vqt2i.config import Config
+from vqt2i.data.shards import Split
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
@@ -24,7 +25,7 @@ from vqt2i.vq import ImageTokenizer
 
 
 class GPTTrainingConfig(Config):
-    """reversed_share: of each batch read image → text. null_share: of the others, whose text is dropped for guidance."""
+    """reversed_share: of a batch, read image → text. null_share: of the others, text dropped (for guidance)."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossWeights = LossWeights()
@@ -49,15 +50,18 @@ class GPTRunConfig(Config):
     positions: Literal["rotary", "learned"] = "rotary"
     training: GPTTrainingConfig = GPTTrainingConfig()
     trainer: TrainerConfig = TrainerConfig()
+    sampling: SamplingConfig = SamplingConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
 
 class GPTModule(L.LightningModule):
     """Joins the GPT, its loss and a frozen image tokenizer. The tokenizer is no part of the checkpoint."""
 
-    def __init__(self, gpt: GPT, vq: ImageTokenizer, config: GPTTrainingConfig, max_steps: int) -> None:
+    def __init__(
+        self, gpt: GPT, vq: ImageTokenizer, config: GPTTrainingConfig, max_steps: int, sampling: SamplingConfig
+    ) -> None:
         super().__init__()
-        self.gpt, self.config, self.max_steps = gpt, config, max_steps
+        self.gpt, self.config, self.max_steps, self.sampling = gpt, config, max_steps, sampling
         self._frozen = (vq.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
 
     @property
@@ -110,10 +114,20 @@ class GPTModule(L.LightningModule):
         jobs = [Job(text, i, 0) for i, text in enumerate(texts)]
         was_training = self.gpt.training
         self.gpt.eval()
-        drawn = decode_image_ids(self.gpt, jobs, SamplingConfig(), seed=0).to(ids.device)
+        drawn = decode_image_ids(self.gpt, jobs, self.sampling, seed=0).to(ids.device)
         self.gpt.train(was_training)
         rows = [self.vq.decode(ids), self.vq.decode(drawn)]
         return rearrange(rows, "row b c h w -> c (row h) (b w)")
+
+
+def example_prompts(split: Split, n: int = 4) -> list[str]:
+    """Captions of the first samples of a split, a language each in turn: what `generate` draws without a prompt."""
+    prompts = []
+    for index in range(min(n, len(split))):
+        captions = list(split.captions(index).values())
+        if captions:
+            prompts.append(captions[index % len(captions)][0])
+    return prompts
 
 
 def _head(text: TextBatch, n: int) -> tuple[Tensor, list[int]]:
@@ -123,7 +137,7 @@ def _head(text: TextBatch, n: int) -> tuple[Tensor, list[int]]:
 def train_gpt(
     config: GPTRunConfig, vq_folder: Path, vq: ImageTokenizer, runs: Path, *, resume: bool, deepspeed: bool | Path
 ) -> Path:
-    """Train as configured and return the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
+    """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)
     tokenizer = TextTokenizer.load(config.text_tokenizer)
     grid = vq.config.grid_size
@@ -148,7 +162,7 @@ def train_gpt(
     else:
         size = vq.config.image_size_px
         train, validation = (ImageSamples(dataset.split(split), size, tokenizer, seed) for split in splits)
-    module = GPTModule(GPT(gpt_config), vq, config.training, config.trainer.max_steps)
+    module = GPTModule(GPT(gpt_config), vq, config.training, config.trainer.max_steps, config.sampling)
     ds_json = None
     if deepspeed:
         per_device = config.trainer.batch_size // config.trainer.devices
@@ -163,6 +177,8 @@ def train_gpt(
             dataset,
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
+            sampling=config.sampling.model_dump(),
+            example_prompts=example_prompts(dataset.split(config.data.validation_split)),
         ),
         runs=runs,
         name=config.name,

@@ -1,5 +1,6 @@
 """A training run: its folder, its Trainer, its data. The same for every stage."""
 
+import logging
 import sys
 import time
 import warnings
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
 from vqt2i.checkpoint import save_model
@@ -49,6 +50,15 @@ class TrainerConfig(Config):
     validate_every_steps: PositiveInt = 500
     n_validation_samples: PositiveInt = 512
     n_workers: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "TrainerConfig":
+        if self.validate_every_steps < self.max_steps and self.max_steps % self.validate_every_steps:
+            raise ValueError(f"validate_every_steps ({self.validate_every_steps}) must divide max_steps "
+                             f"({self.max_steps}), so that the last step is validated and exported")  # fmt: skip
+        if self.batch_size % self.devices:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of devices ({self.devices})")
+        return self
 
 
 def open_dataset(config: DataConfig) -> DataSet:
@@ -120,12 +130,9 @@ def fit(
     """Train to `max_steps` and return the run's folder, whose `model/` holds the export.
 
     Raises:
-        ConfigError: a batch that the devices do not divide; nothing to resume, or made with another configuration.
+        ConfigError: nothing to resume.
     """
     config = data.config
-    if config.batch_size % config.devices:
-        raise ConfigError(f"trainer.batch_size {config.batch_size} must be a multiple of trainer.devices "
-                          f"{config.devices}")  # fmt: skip
     folder = newest_run_folder(runs, name) if resume else new_run_folder(runs, name)
     save_config(run_config, folder / "config.yaml")
     device = pick_device()
@@ -137,8 +144,16 @@ def fit(
         facts = {**card, "command": command, **facts, "seconds": round(time.monotonic() - start, 1)}
         save_model(path, module.export_model(), model_config, facts)
 
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    # Lightning's advertisements and advice that does not apply to us; its real warnings stay
+    for logger in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     say(f"training {name} into {folder}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
         f"{config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
     trainer = L.Trainer(
@@ -160,9 +175,7 @@ def fit(
         use_distributed_sampler=False,
     )
     checkpoint = checkpoints_in(folder / "checkpoints")[-1] if resume else None
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
-    if config.max_steps % config.validate_every_steps:
-        trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     say(f"done in {time.monotonic() - start:.0f} s: {folder / 'model'}")
     return folder
 

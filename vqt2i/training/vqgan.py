@@ -1,5 +1,6 @@
 """Training of the image tokenizer: VQ-VAE, or VQGAN where the loss has an adversarial part."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,8 +12,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 
 from vqt2i.config import Config
+from vqt2i.training.batches import Batch, ImageSamples
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at
+from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.vq.autoencoder import ImageTokenizer
+from vqt2i.vq.config import ImageTokenizerConfig
 from vqt2i.vq.discriminator import PatchDiscriminator
 from vqt2i.vq.losses import (
     ReconstructionLoss,
@@ -37,8 +41,18 @@ class VQGANTrainingConfig(Config):
     max_gradient_norm: PositiveFloat | None = 1.0
 
 
+class VQGANRunConfig(Config):
+    """`configs/vqgan/NAME.yaml`."""
+
+    name: str = "vqgan"
+    data: DataConfig = DataConfig()
+    model: ImageTokenizerConfig = ImageTokenizerConfig()
+    training: VQGANTrainingConfig = VQGANTrainingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+
 class VQGANModule(L.LightningModule):
-    """Batches are `{"image": x_B3HW}`, float in [-1, 1]. Everything needed for an exact resume is in the checkpoint.
+    """Reads the images of a batch, float in [-1, 1]. Everything needed for an exact resume is in the checkpoint.
 
     `trainer.global_step` counts updates of the tokenizer: the critic is stepped past Lightning, which would otherwise
     count each batch twice and stop at half of `max_steps`. Under DDP with an adversarial loss, use
@@ -66,8 +80,8 @@ class VQGANModule(L.LightningModule):
         adversarial = self.config.loss.adversarial
         return adversarial is not None and self.global_step >= adversarial.start_share * self.max_steps
 
-    def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        x = batch["image"]
+    def training_step(self, batch: Batch, batch_index: int) -> None:
+        x = batch.image
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         learning_rate = learning_rate_at(self.config.optimizer, self.global_step, self.max_steps)
@@ -98,8 +112,8 @@ class VQGANModule(L.LightningModule):
         self.log_dict(logs)
         self.log("train/loss", loss.detach(), prog_bar=True)
 
-    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        x = batch["image"]
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        x = batch.image
         out = self.export_model()(x)
         reconstruction = out.reconstruction_B3HW.clamp(-1, 1)
         self.codes_seen.update(out.ids_BHW)
@@ -123,9 +137,9 @@ class VQGANModule(L.LightningModule):
         return self.averaged.module.eval()
 
     @torch.no_grad()
-    def sample_images(self, batch: dict[str, Any], max_images: int = 16) -> Tensor:
+    def sample_images(self, batch: Batch, max_images: int = 16) -> Tensor:
         """One picture (3, 2H, n * W) in [-1, 1]: inputs over their reconstructions by the averaged weights."""
-        x = batch["image"][:max_images]
+        x = batch.image[:max_images]
         reconstruction = self.export_model()(x).reconstruction_B3HW.float().clamp(-1, 1)
         return rearrange([x, reconstruction], "row b c h w -> c (row h) (b w)")
 
@@ -149,3 +163,25 @@ class VQGANModule(L.LightningModule):
         n = int(n_averaged)
         decay = min(self.config.ema_decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+def train_vqgan(config: VQGANRunConfig, runs: Path, *, resume: bool) -> Path:
+    """Train as configured and return the run's folder."""
+    dataset = open_dataset(config.data)
+    L.seed_everything(config.trainer.seed, verbose=False)
+    train, validation = (
+        ImageSamples(dataset.split(split), config.model.image_size_px, None, config.trainer.seed)
+        for split in (config.data.train_split, config.data.validation_split)
+    )
+    module = VQGANModule(ImageTokenizer(config.model), config.training, config.trainer.max_steps)
+    return fit(
+        module,
+        StageData(train, validation, config.trainer, None),
+        run_config=config,
+        model_config=config.model,
+        card=stage_card("vqgan", dataset),
+        runs=runs,
+        name=config.name,
+        resume=resume,
+        find_unused_parameters=config.training.loss.adversarial is not None,
+    )

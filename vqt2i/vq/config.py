@@ -52,7 +52,7 @@ class ImageTokenizerConfig(Config):
     image_size_px: side of the square training images (other sizes that `downsample` divides work too).
     downsample: image side over id-grid side; a power of two.
     patch_px: the encoder starts with, and the decoder ends with, patches of this side folded into channels. The
-        resolution above costs most and adds least: on CPU, 2 doubles the speed.
+        resolution above costs most and adds least.
     channels: width at each resolution, finest (image side / patch_px) to coarsest (the id grid).
     n_res_blocks: per resolution, in the encoder and in the decoder.
     attention_sizes_px: feature-map sides, for square images of `image_size_px`, with attention after each ResBlock.

@@ -1,0 +1,61 @@
+"""Draw pictures from prompts, rerank them, keep the best.
+
+Without a prompt, a few examples of what the model was trained on. Pictures, a labelled grid and scores.json go into
+a new folder, which is printed last.
+"""
+
+import argparse
+from pathlib import Path
+
+from vqt2i.cli.options import RUNS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, in any language")
+    parser.add_argument("--rerank", type=int, metavar="K", help="draw K candidates per prompt and score them")
+    parser.add_argument("--n", type=int, metavar="N", help="pictures kept per prompt (default: 4, at most K)")
+    parser.add_argument("--scorer", choices=("clip", "caption", "both"),
+                        help="what ranks the candidates (default: both where the model has a CLIP, else caption)")  # fmt: skip
+    parser.add_argument("--guidance", type=float, metavar="S", help="1 is none (default: the model's own)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="default: the model's own")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest ids only")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest ids of probability P only")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default: 0)")
+    parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "
+                        "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: outputs/0001 and so on")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from vqt2i.config import build_config
+    from vqt2i.errors import PromptError
+    from vqt2i.generation.find import open_pipeline
+    from vqt2i.generation.output import next_folder, write_outputs
+    from vqt2i.generation.sampling import SamplingConfig
+    from vqt2i.runtime import counter, say
+
+    for name, value in (("--rerank", args.rerank), ("--n", args.n)):
+        if value is not None and value < 1:
+            raise PromptError(f"{name}: found {value}, expected 1 or more")
+    n = args.n or min(4, args.rerank or 4)
+    if args.rerank and n > args.rerank:
+        raise PromptError(f"--n {n}: only {args.rerank} candidates are drawn; give --rerank {n} or more")
+    pipeline = open_pipeline(args.model, args.runs)
+    given = {k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None}
+    sampling = build_config(SamplingConfig, pipeline.config.sampling.model_dump() | given, "generate")
+    prompts = args.prompts or list(pipeline.config.example_prompts) or [""]
+    count = args.rerank or n
+    total = len(prompts) * count * pipeline.gpt.layout.image_length
+    with counter(f"drawing {len(prompts) * count} pictures", total, unit="tokens") as on_token:
+        groups = pipeline.candidates(
+            prompts, count, scorer=args.scorer, scored=args.rerank is not None, sampling=sampling, seed=args.seed,
+            on_token=on_token,
+        )  # fmt: skip
+    for group in groups:
+        if group[0].n_truncated:
+            say(f"prompt {group[0].prompt[:40]!r}: its last {group[0].n_truncated} ids did not fit and were left out")
+    settings = {**sampling.model_dump(), "rerank": args.rerank, "scorer": args.scorer, "seed": args.seed}
+    out = args.out or next_folder(Path("outputs"))
+    paths = write_outputs(out, groups, n, settings, pipeline.fingerprints)
+    print(f"{len(paths) - 1} pictures in {out}, all of them in {paths[0]}")
