@@ -10,7 +10,17 @@ import sys
 from vqt2i import __version__
 from vqt2i.errors import UserError
 
-VERBS = ("make_dataset", "train_tokenizer", "train_vqgan", "encode_dataset", "train_gpt", "train_clip", "generate")
+VERBS = (
+    "make_dataset",
+    "train_tokenizer",
+    "train_vqgan",
+    "encode_dataset",
+    "train_gpt",
+    "train_clip",
+    "generate",
+    "evaluate",
+    "make_pipeline",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ a new folder, which is printed last.
 import argparse
 from pathlib import Path
 
-from vqt2i.cli.options import RUNS
+from vqt2i.cli.options import RUNS, add_sampling_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,10 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, metavar="N", help="pictures kept per prompt (default: 4, at most K)")
     parser.add_argument("--scorer", choices=("clip", "caption", "both"),
                         help="what ranks the candidates (default: both where the model has a CLIP, else caption)")  # fmt: skip
-    parser.add_argument("--guidance", type=float, metavar="S", help="1 is none (default: the model's own)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="default: the model's own")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest ids only")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest ids of probability P only")
+    add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default: 0)")
     parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
@@ -28,11 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vqt2i.config import build_config
+    from vqt2i.cli.options import sampling_from
     from vqt2i.errors import PromptError
     from vqt2i.generation.find import open_pipeline
     from vqt2i.generation.output import next_folder, write_outputs
-    from vqt2i.generation.sampling import SamplingConfig
     from vqt2i.runtime import counter, say
 
     for name, value in (("--rerank", args.rerank), ("--n", args.n)):
@@ -42,8 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if args.rerank and n > args.rerank:
         raise PromptError(f"--n {n}: only {args.rerank} candidates are drawn; give --rerank {n} or more")
     pipeline = open_pipeline(args.model, args.runs)
-    given = {k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None}
-    sampling = build_config(SamplingConfig, pipeline.config.sampling.model_dump() | given, "generate")
+    sampling = sampling_from(args, pipeline.config.sampling)
     prompts = args.prompts or list(pipeline.config.example_prompts) or [""]
     count = args.rerank or n
     total = len(prompts) * count * pipeline.gpt.layout.image_length

@@ -1,9 +1,11 @@
 """Options that several verbs share."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vqt2i.generation.sampling import SamplingConfig
 
 RUNS = Path("runs")
 
@@ -16,3 +18,19 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                         help="override one setting, for example trainer.max_steps=100; may be repeated")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
     parser.add_argument("--resume", action="store_true", help="go on with the newest run of this name")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """--guidance, --temperature, --top-k, --top-p."""
+    parser.add_argument("--guidance", type=float, metavar="S", help="1 is none (default: the model's own)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="default: the model's own")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest ids only")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest ids of probability P only")
+
+
+def sampling_from(args: argparse.Namespace, defaults: "SamplingConfig") -> "SamplingConfig":
+    """A model's sampling defaults with what was given on the command line."""
+    from vqt2i.config import build_config
+
+    given = {k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None}
+    return build_config(type(defaults), defaults.model_dump() | given, "sampling")

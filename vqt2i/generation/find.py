@@ -1,11 +1,16 @@
 """Which trained parts to use when none is named: the newest in the runs folder, else the shipped ones."""
 
+import shutil
 from pathlib import Path
+from typing import Literal
 
-from vqt2i.checkpoint import CARD, CONFIG, load_model, read_card
-from vqt2i.config import build_config
+import torch
+
+from vqt2i.checkpoint import CARD, CONFIG, load_model, read_card, save_model
+from vqt2i.config import build_config, load_config, save_config
 from vqt2i.errors import CheckpointError
-from vqt2i.generation.pipeline import PARTS, PIPELINE, PipelineConfig, TextToImage
+from vqt2i.files import new_folder, write_atomic
+from vqt2i.generation.pipeline import PARTS, PIPELINE, PipelineConfig, TextToImage, pipeline_folders
 from vqt2i.runtime import say
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
@@ -49,33 +54,68 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
     return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": scorers[0] if scorers else None}
 
 
-def open_pipeline(model: str | None, runs: Path, device: str = "auto") -> TextToImage:
-    """A pipeline by name of a shipped one or by folder (a pipeline's, or a GPT run's); None is the newest trained GPT.
+def find_parts(model: str | None, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
+    """The folders of a pipeline's parts and its defaults; says which.
 
-    Says what is used.
+    Args:
+        model: a shipped pipeline's name, a pipeline folder, or a GPT run; None is the newest GPT trained in `runs`, else
+            the shipped pipeline.
+
+    Raises:
+        CheckpointError: nothing of this name, or a part is gone.
     """
     if model is None:
         trained = trained_models(runs).get("gpt", [])
-        if not trained:
-            say(f"pipeline: {DEFAULT_SHIPPED} (shipped; none trained in {runs} yet)")
-            return TextToImage.load(SHIPPED / DEFAULT_SHIPPED, device)
-        folder = trained[0]
-    elif (SHIPPED / model).is_dir() and not Path(model).exists():
+        if trained:
+            return _trained_pipeline(trained[0], runs)
+        folder = SHIPPED / DEFAULT_SHIPPED
+        say(f"pipeline: {DEFAULT_SHIPPED} (shipped; none trained in {runs} yet)")
+    elif (SHIPPED / model / PIPELINE).is_file() and not Path(model).exists():
+        folder = SHIPPED / model
         say(f"pipeline: {model} (shipped)")
-        return TextToImage.load(SHIPPED / model, device)
     else:
         folder = Path(model)
         if not folder.is_dir():
-            shipped = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
-            raise CheckpointError(f"{model}: no such folder, and no shipped pipeline of this name "
-                                  f"(shipped: {', '.join(shipped) or 'none'})")  # fmt: skip
-        if (folder / PIPELINE).is_file():
-            say(f"pipeline: {folder}")
-            return TextToImage.load(folder, device)
-        folder = folder / "model" if (folder / "model").is_dir() else folder
-    parts = trained_parts(folder, runs)
+            shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{PIPELINE}"))) or "none"
+            raise CheckpointError(f"{model}: no such folder, and no shipped pipeline of this name (shipped: {shipped})")
+        if not (folder / PIPELINE).is_file():
+            return _trained_pipeline(folder / "model" if (folder / "model").is_dir() else folder, runs)
+        say(f"pipeline: {folder}")
+    return pipeline_folders(folder), load_config(PipelineConfig, folder / PIPELINE)
+
+
+def open_pipeline(model: str | None, runs: Path, device: str = "auto") -> TextToImage:
+    """Load what `find_parts` finds."""
+    return TextToImage.from_parts(*find_parts(model, runs), device)
+
+
+def _trained_pipeline(gpt_folder: Path, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
+    parts = trained_parts(gpt_folder, runs)
     say("pipeline: " + ", ".join(f"{part} {parts[part] or 'none'}" for part in PARTS))
-    return TextToImage.from_parts(parts, _defaults(folder), device)
+    return parts, _defaults(gpt_folder)
+
+
+def write_pipeline(
+    folders: dict[str, Path | None], config: PipelineConfig, out: Path, dtype: Literal["fp32", "bf16"]
+) -> None:
+    """Copy parts that belong together into a new pipeline folder.
+
+    The image tokenizer stays as it is, whatever `dtype`: the GPT knows it by its fingerprint.
+
+    Raises:
+        CheckpointError: a part is missing or damaged, or does not belong. UserError: `out` exists already.
+    """
+    pipeline = TextToImage.from_parts(folders, config, "cpu")
+    with new_folder(out) as partial:
+        (partial / "text").mkdir()
+        write_atomic(partial / "text" / "text.model", pipeline.text.model)
+        shutil.copytree(folders["vq"], partial / "vq")
+        for part, module in (("gpt", pipeline.gpt), ("clip", pipeline.clip)):
+            if module is not None:
+                card = {key: value for key, value in read_card(folders[part]).items() if key != "fingerprint"}
+                weights = torch.bfloat16 if dtype == "bf16" else torch.float32
+                save_model(partial / part, module, module.config, card, weights)
+        save_config(config, partial / PIPELINE)
 
 
 def _defaults(gpt_folder: Path) -> PipelineConfig:

@@ -52,6 +52,17 @@ class Sample:
     scores: dict[str, float] = field(default_factory=dict)
 
 
+def pipeline_folders(folder: Path) -> dict[str, Path | None]:
+    """The folder of each part of a pipeline folder; None for a scorer that it does not have.
+
+    Raises:
+        CheckpointError: `folder` is no pipeline folder.
+    """
+    if not (folder / PIPELINE).is_file():
+        raise CheckpointError(f"{folder}: no {PIPELINE} in it; expected a pipeline folder with {', '.join(PARTS)}")
+    return {part: folder / part if part != "clip" or (folder / part).is_dir() else None for part in PARTS}
+
+
 class TextToImage:
     """The four parts and how to sample from them. `clip` may be None."""
 
@@ -67,16 +78,12 @@ class TextToImage:
         Raises:
             CheckpointError: a part is missing or damaged, or does not belong with the others.
         """
-        folder = Path(folder)
-        if not (folder / PIPELINE).is_file():
-            raise CheckpointError(f"{folder}: no {PIPELINE} in it; expected a pipeline folder with {', '.join(PARTS)}")
-        return cls.from_parts(
-            {part: folder / part for part in PARTS}, load_config(PipelineConfig, folder / PIPELINE), device
-        )
+        folders = pipeline_folders(Path(folder))
+        return cls.from_parts(folders, load_config(PipelineConfig, Path(folder) / PIPELINE), device)
 
     @classmethod
     def from_parts(cls, folders: dict[str, Path | None], config: PipelineConfig, device: str = "auto") -> "TextToImage":
-        """Load parts from a folder each and check that they belong together (`clip` may be absent)."""
+        """Load parts from a folder each (None for no `clip`) and check that they belong together."""
         text = TextTokenizer.load(folders["text"])
         vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
         gpt = load_model(folders["gpt"], GPTConfig, GPT)
@@ -89,7 +96,7 @@ class TextToImage:
             "image tokenizer", folders["gpt"], found=vq.fingerprint, expected=trained.image_tokenizer, hint=hint
         )
         clip = None
-        if folders.get("clip") and Path(folders["clip"]).is_dir():
+        if folders["clip"] is not None:
             clip = load_model(folders["clip"], CLIPConfig, CLIP)
             require_same(
                 "text tokenizer",

@@ -1,0 +1,51 @@
+"""Measure a model trained on the shapes: how often do its pictures show what the prompt says?
+
+The oracle reads each picture back into its objects, without a trained model. Writes result.json.
+"""
+
+import argparse
+from pathlib import Path
+
+from vqt2i.cli.options import RUNS, add_sampling_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "
+                        "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
+    parser.add_argument("--kinds", default="single_unseen,two_unseen",
+                        help="of prompts, from single_seen, single_unseen, two_seen, two_unseen, three "
+                             "(default: single_unseen,two_unseen)")  # fmt: skip
+    parser.add_argument(
+        "--n-prompts", type=int, default=100, help="per kind, half English, half Chinese (default: 100)"
+    )
+    parser.add_argument("--rerank", type=int, default=16, metavar="K", help="candidates per prompt (default: 16)")
+    add_sampling_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the result (default: print only)")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
+
+
+def run(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from vqt2i.cli.options import sampling_from
+    from vqt2i.evaluation.oracle import OracleProtocol, measure_oracle
+    from vqt2i.files import write_json
+    from vqt2i.generation.find import open_pipeline
+    from vqt2i.runtime import counter
+
+    pipeline = open_pipeline(args.model, args.runs)
+    kinds = tuple(args.kinds.split(","))
+    protocol = OracleProtocol(
+        kinds, args.n_prompts, args.rerank, args.seed, sampling_from(args, pipeline.config.sampling)
+    )
+    total = len(kinds) * args.n_prompts * args.rerank * pipeline.gpt.layout.image_length
+    with counter("drawing and judging", total, unit="tokens") as on_token:
+        results = measure_oracle(pipeline, protocol, on_token)
+    for kind, by_scorer in results.items():
+        line = "  ".join(f"{name} {value['right']:.1%}" for name, value in by_scorer.items())
+        error = max(value["standard_error"] for value in by_scorer.values())
+        print(f"{kind:14} {line}  (± {error:.1%})")
+    if args.out:
+        facts = dataclasses.asdict(protocol) | {"sampling": protocol.sampling.model_dump()}
+        write_json(args.out, {"protocol": facts, "models": pipeline.fingerprints, "results": results})
