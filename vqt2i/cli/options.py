@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from vqt2i.generation.sampling import SamplingConfig
 
 RUNS = Path("runs")
+REPOSITORY = Path(__file__).parents[2]
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config, --set, --name, --runs, --resume."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file (default: the built-in settings, "
-                        "which train on the embedded shapes)")  # fmt: skip
+def add_training_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
+    """--config, --set, --runs, --resume."""
+    default = REPOSITORY / "configs" / stage / "shapes.yaml"
+    parser.add_argument("--config", type=Path, default=default, metavar="FILE",
+                        help=f"a YAML file (default: configs/{stage}/shapes.yaml, the embedded shapes)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override one setting, for example trainer.max_steps=100; may be repeated")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")

@@ -10,7 +10,7 @@ from vqt2i.cli.options import add_training_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_training_arguments(parser)
+    add_training_arguments(parser, "gpt")
     parser.add_argument("--deepspeed", nargs="?", const=True, default=False, metavar="JSON",
                         help="train with DeepSpeed ZeRO, configured by the settings or by a JSON file")  # fmt: skip
     parser.add_argument("--vq", type=Path, metavar="DIR", help="the image tokenizer's model folder (default: that of "

@@ -9,7 +9,7 @@ from vqt2i.cli.options import add_training_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_training_arguments(parser)
+    add_training_arguments(parser, "vqgan")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,16 +15,21 @@ from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import say
 from vqt2i.text import TextTokenizer
 from vqt2i.training.batches import Batch, ImageSamples
+from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 
 
 class CLIPTrainingConfig(Config):
-    """plateau_steps: after so many without leaving ln(batch), the loss of guessing, an alarm is given."""
+    """plateau_steps: after so many without leaving ln(batch), the loss of guessing, an alarm is given.
+
+    compile: the step with torch.compile.
+    """
 
     optimizer: OptimizerConfig = OptimizerConfig(beta2=0.98, weight_decay=0.1)
     plateau_steps: PositiveInt = 300
     plateau_share: float = Field(0.95, gt=0, lt=1)
+    compile: bool = False
 
 
 class CLIPRunConfig(Config):
@@ -117,8 +122,11 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: bool) -> Path:
         for split in (config.data.train_split, config.data.validation_split)
     )
     tokenizer_card = {"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint}
+    module = CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps)
+    if config.training.compile:
+        compile_for_training(module.clip.vision, module.clip.text)
     return fit(
-        CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps),
+        module,
         StageData(train, validation, config.trainer, config.text_length),
         run_config=config,
         model_config=clip_config,

@@ -17,6 +17,7 @@ from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextBatch, TextTokenizer
 from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
+from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
@@ -25,12 +26,16 @@ from vqt2i.vq import ImageTokenizer
 
 
 class GPTTrainingConfig(Config):
-    """reversed_share: of a batch, read image → text. null_share: of the others, text dropped (for guidance)."""
+    """reversed_share: of a batch, read image → text. null_share: of the others, text dropped (for guidance).
+
+    compile: the step with torch.compile.
+    """
 
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossWeights = LossWeights()
     reversed_share: float = Field(0.15, ge=0, le=1)
     null_share: float = Field(0.1, ge=0, lt=1)
+    compile: bool = False
 
 
 class GPTRunConfig(Config):
@@ -163,6 +168,8 @@ def train_gpt(
         size = vq.config.image_size_px
         train, validation = (ImageSamples(dataset.split(split), size, tokenizer, seed) for split in splits)
     module = GPTModule(GPT(gpt_config), vq, config.training, config.trainer.max_steps, config.sampling)
+    if config.training.compile:
+        compile_for_training(module.gpt)
     ds_json = None
     if deepspeed:
         per_device = config.trainer.batch_size // config.trainer.devices

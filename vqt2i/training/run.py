@@ -22,6 +22,7 @@ from vqt2i.errors import ConfigError
 from vqt2i.runtime import fastest_precision, pick_device, say
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
 from vqt2i.training.callbacks import Outputs, StepReport, checkpoints_in
+from vqt2i.training.compiled import EagerValidation
 from vqt2i.training.strategy import build_strategy
 
 DEFAULT_DATASET = Path("data/shapes")
@@ -166,7 +167,7 @@ def fit(
         val_check_interval=min(config.validate_every_steps, config.max_steps),
         gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
-        callbacks=[StepReport(config.batch_size), Outputs(folder, export)],
+        callbacks=[StepReport(config.batch_size), Outputs(folder, export), EagerValidation()],
         log_every_n_steps=20,
         enable_progress_bar=False,
         enable_model_summary=False,
