@@ -40,7 +40,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def counter(label: str, total: int | None, *, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts work done: a bar with a rate and the time left, and one line with the rate at the end."""
+    """Yield a function that counts work done: a bar with rate and time left, one line with the rate at the end."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()]
     start, done = time.monotonic(), 0
     with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as bar:

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, in any language")
     parser.add_argument("--rerank", type=int, metavar="K", help="draw K candidates per prompt and score them")
     parser.add_argument("--n", type=int, metavar="N", help="pictures kept per prompt (default: 4, at most K)")
-    parser.add_argument("--scorer", choices=("clip", "caption", "both"),
-                        help="what ranks the candidates (default: both where the model has a CLIP, else caption)")  # fmt: skip
+    parser.add_argument("--scorer", choices=("clip", "caption", "both"), help="what ranks the candidates "
+                        "(default: both where the model has a CLIP, else caption)")  # fmt: skip
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default: 0)")
     parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "

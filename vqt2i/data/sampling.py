@@ -19,8 +19,8 @@ class Visit(NamedTuple):
 class StepSampler(Sampler[list[Visit]]):
     """A batch of visits for each step from `first_step` up to `n_steps`.
 
-    Every epoch is a fresh permutation; batches run across its end, so all have `batch_size` samples. The global batch is
-    dealt out to the ranks in turn: any number of ranks sees the same samples at the same step.
+    Every epoch is a fresh permutation; batches run across its end, so all have `batch_size` samples. The global batch
+    is dealt out to the ranks in turn: any number of ranks sees the same samples at the same step.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class Job(NamedTuple):
 
 
 class _Started(NamedTuple):
-    """After the prefill: next logits, cache and prefix mask of the conditional rows and then, if guided, the null rows."""
+    """After the prefill: next logits, cache, prefix mask. Conditional rows first and then, if guided, the null rows."""
 
     logits_BV: Tensor
     cache: KVCache

@@ -58,8 +58,8 @@ def find_parts(model: str | None, runs: Path) -> tuple[dict[str, Path | None], P
     """The folders of a pipeline's parts and its defaults; says which.
 
     Args:
-        model: a shipped pipeline's name, a pipeline folder, or a GPT run; None is the newest GPT trained in `runs`, else
-            the shipped pipeline.
+        model: a shipped pipeline's name, a pipeline folder, or a GPT run; None is the newest GPT trained in `runs`,
+            else the shipped pipeline.
 
     Raises:
         CheckpointError: nothing of this name, or a part is gone.
