@@ -50,7 +50,7 @@ def load_model(folder: Path, config_class: type[ConfigT], build: Callable[[Confi
     """
     folder = Path(folder)
     weights = _read(folder, WEIGHTS)
-    text = _read(folder, CONFIG).decode()
+    config_text = _read(folder, CONFIG)
     try:
         config = load_config(config_class, folder / CONFIG)
     except ConfigError as error:
@@ -67,16 +67,19 @@ def load_model(folder: Path, config_class: type[ConfigT], build: Callable[[Confi
         if found != wanted:
             raise CheckpointError(f"{folder / WEIGHTS}: {name}: found {found}, its {CONFIG} expects {wanted}")
     model.load_state_dict(state)
-    model.fingerprint = sha256_of_parts(text, weights)
+    model.fingerprint = sha256_of_parts(config_text, weights)
     return model.eval()
 
 
 def read_card(folder: Path) -> dict[str, Any]:
     """The model card of a folder as a dictionary."""
     try:
-        return json.loads(_read(Path(folder), CARD))
+        card = json.loads(_read(Path(folder), CARD))
     except ValueError as error:
         raise CheckpointError(f"{Path(folder) / CARD}: not JSON ({error})") from None
+    if not isinstance(card, dict):
+        raise CheckpointError(f"{Path(folder) / CARD}: expected a JSON object, found a {type(card).__name__}")
+    return card
 
 
 def require_same(what: str, path: Path | str, *, found: str, expected: str, hint: str) -> None:

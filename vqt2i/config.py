@@ -27,8 +27,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"line {line}: a key must be a single value, found {key}")
             if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key '{key}' is given twice; keep one")
+                raise ConfigError(f"line {line}: key '{key}' is given twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -47,6 +50,8 @@ def parse_yaml(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{name}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    except ValueError as error:  # a date such as 2024-99-99
+        raise ConfigError(f"{name}: holds a value that is none: {error}") from None
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
