@@ -1,0 +1,49 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from vqt2i.runtime import counter, fastest_precision, pick_device, progress, say, seed_everything, stream_seed
+
+
+def test_stream_seeds_depend_on_their_parts_alone() -> None:
+    assert stream_seed("image", 0, 1, 2) == stream_seed("image", 0, 1, 2) == 2570260136363667107
+    seeds = {stream_seed("image", a, b, c) for a in range(6) for b in range(6) for c in range(6)}
+    assert len(seeds) == 6**3
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert stream_seed("a", 12) != stream_seed("a", 1, 2)
+
+
+def test_seeding_repeats_all_three_generators() -> None:
+    def numbers() -> tuple[float, float, float]:
+        seed_everything(7)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert numbers() == numbers()
+
+
+def test_progress_yields_every_item_and_tells_the_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(iter("abc"), "reading", unit="letters")) == ["a", "b", "c"]
+    assert "reading: 3 letters in " in capsys.readouterr().err
+    with counter("drawing", None, unit="tokens") as advance:
+        advance(2)
+        advance(3)
+    assert "drawing: 5 tokens in " in capsys.readouterr().err
+
+
+def test_only_rank_0_speaks_and_only_on_standard_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say("[red] is text, not markup")
+    told = capsys.readouterr()
+    assert told.err == "[red] is text, not markup\n" and told.out == ""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    say("nothing")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_named_device_and_a_known_precision_are_picked() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert fastest_precision("cpu") in ("fp32", "bf16")
+    assert fastest_precision("mps") == "fp32"
