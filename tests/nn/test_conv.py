@@ -48,6 +48,6 @@ def test_down_and_up_halve_and_double_the_sides():
     assert Upsample(8, 16)(x).shape == (1, 16, 12, 8)
 
 
-@pytest.mark.parametrize("channels, groups", [(32, 32), (96, 32), (48, 16), (7, 1)])
-def test_group_norm_divides_any_width(channels, groups):
+@pytest.mark.parametrize("channels, groups", [(32, 16), (64, 32), (96, 32), (48, 16), (7, 1), (1, 1)])
+def test_group_norm_divides_any_width_into_groups_of_two_or_more(channels, groups):
     assert group_norm(channels).num_groups == groups

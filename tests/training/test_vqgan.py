@@ -37,7 +37,8 @@ def make(max_steps: int, adversarial: AdversarialConfig | None = None, **changes
 def loader(n: int = 16, batch_size: int = 4) -> DataLoader:
     blocks = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pictures = torch.nn.functional.interpolate(blocks, scale_factor=4.0)
-    return DataLoader([Batch(picture, None, None, None) for picture in pictures], batch_size=batch_size, collate_fn=_stack)
+    samples = [Batch(picture, None, None, None) for picture in pictures]
+    return DataLoader(samples, batch_size=batch_size, collate_fn=_stack)
 
 
 def make_trainer(max_steps: int, devices: int = 1, **settings) -> L.Trainer:
@@ -212,7 +213,7 @@ def train_one_rank(folder: Path) -> None:
         strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=module.discriminator is not None)
         first = FirstGradients()
         trainer = make_trainer(6, devices=2, strategy=strategy, callbacks=[first], use_distributed_sampler=False)
-        trainer.fit(module, DataLoader(halves, batch_size=2))
+        trainer.fit(module, DataLoader(halves, batch_size=2, collate_fn=_stack))
         state = {"first": first.found, "last": module.state_dict()}
         torch.save(state, folder / f"{index}-{trainer.global_rank}.pt")
 

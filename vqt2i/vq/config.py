@@ -61,7 +61,7 @@ class ImageTokenizerConfig(Config):
     image_size_px: PositiveInt = 32
     downsample: PositiveInt = 4
     patch_px: PositiveInt = 2
-    channels: tuple[PositiveInt, ...] = (32, 96)
+    channels: tuple[PositiveInt, ...] = (24, 64)
     n_res_blocks: NonNegativeInt = 1
     attention_sizes_px: tuple[PositiveInt, ...] = ()
     dropout: float = Field(0.0, ge=0, lt=1)
