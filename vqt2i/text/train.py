@@ -10,6 +10,7 @@ from typing import Any
 
 import sentencepiece
 from pydantic import Field, PositiveInt
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from vqt2i.config import Config
 from vqt2i.errors import DataError
@@ -60,7 +61,14 @@ def train_text_tokenizer(texts: Iterable[str], config: TextTokenizerConfig) -> T
     except RuntimeError as error:
         raise DataError(f"{len(lines)} captions do not fill a vocabulary of {config.vocabulary_size} "
                         f"({str(error).splitlines()[-1]}); ask for a smaller one") from None  # fmt: skip
-    return TextTokenizer(model.getvalue(), "the model just trained")
+    return TextTokenizer(_without_seed_path(model.getvalue()), "the model just trained")
+
+
+def _without_seed_path(model: bytes) -> bytes:
+    """The model without the name of the temporary file, which SentencePiece keeps: equal corpora give equal bytes."""
+    proto = ModelProto.FromString(model)
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")
+    return proto.SerializeToString(deterministic=True)
 
 
 def _candidates(words: Counter[str]) -> Counter[str]:
