@@ -3,7 +3,7 @@
 B batch, L sequence (queries), K keys, D width, N heads, H head width, A axes of a position
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,13 @@ class Rotary(nn.Module):
             rows[axis, start : start + n_pairs] = base ** (-torch.arange(n_pairs) / n_pairs)
             start += n_pairs
         self.register_buffer("frequencies_AP", rows, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        """What `.to` and `.bfloat16` call. Frequencies stay fp32: rounded ones would turn by other angles."""
+        exact_AP = self.frequencies_AP
+        super()._apply(fn, recurse)
+        self.frequencies_AP = exact_AP.to(self.frequencies_AP.device)
+        return self
 
     def forward(self, positions_BLA: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, float32 (B, 1, L, H/2) each, for integer positions."""
