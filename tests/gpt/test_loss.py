@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqt2i.gpt import GPT, LossWeights, caption_log_probability, gpt_loss
+from vqt2i.text import TextBatch, pad_texts
+
+TEXTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9]]
+WEIGHTS = LossWeights(image=1.0, text=0.3, text_from_image=0.7, image_unconditional=0.2, z=0.01)
+
+
+@pytest.fixture
+def gpt(make_gpt) -> GPT:
+    return make_gpt()
+
+
+@pytest.fixture
+def image_BI() -> Tensor:
+    return torch.randint(6, (4, 6), generator=torch.Generator().manual_seed(1))
+
+
+def token_losses(gpt: GPT, text: list[int], image: list[int], order: str) -> dict[str, list[tuple[float, float]]]:
+    """(negative log-likelihood, log-partition) of each token, the row alone and unpadded, position by position."""
+    layout = gpt.layout
+    codes = [i + layout.first_image_id for i in image]
+    words = [*text, layout.eot]
+    coordinates = [(0, i // 2 + 1, i % 2 + 1) for i in range(6)]
+    counted = [(i + 1, 0, 0) for i in range(len(words))]
+    mark = (0, 0, 0)
+    if order == "forth":
+        ids, positions = [layout.t2i, *words, layout.boi, *codes], [mark, *counted, mark, *coordinates]
+    else:
+        ids, positions = [layout.i2t, *codes, layout.bot, *words], [mark, *coordinates, mark, *counted]
+    x, cos_sin = gpt.embedding(torch.tensor([ids])), gpt.rotary(torch.tensor([positions]))
+    below = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
+    logits = gpt.head(gpt.transformer(x, mask_B1LK=below, cos_sin=cos_sin))[0]
+    found = {"text": [], "image": []}
+    for at, target in enumerate(ids[1:]):
+        if target >= layout.pad:
+            continue
+        name, first, last = ("text", 0, 11) if target <= layout.eot else ("image", 11, 17)
+        log_z = logits[at, first:last].logsumexp(0)
+        found[name].append((float(log_z - logits[at, target]), float(log_z)))
+    return found
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+@pytest.mark.parametrize("n_reversed", [0, 1, 3, 4])
+@torch.no_grad()
+def test_every_part_equals_a_loop_over_rows_and_positions(gpt: GPT, image_BI: Tensor, n_reversed: int) -> None:
+    loss = gpt_loss(gpt, pad_texts(TEXTS, 5), image_BI, n_reversed, WEIGHTS)
+    rows = [
+        token_losses(gpt, text, image, "back" if row < n_reversed else "forth")
+        for row, (text, image) in enumerate(zip(TEXTS, image_BI.tolist(), strict=True))
+    ]
+    back, forth = rows[:n_reversed], rows[n_reversed:]
+
+    def nats(rows: list[dict], name: str) -> float:
+        return mean([nll for row in rows for nll, _ in row[name]])
+
+    expected = {
+        "image": nats(forth, "image"),
+        "text": nats(forth, "text"),
+        "text_from_image": nats(back, "text"),
+        "image_unconditional": nats(back, "image"),
+    }
+    for name, value in expected.items():
+        assert float(getattr(loss, name)) == pytest.approx(value, rel=1e-5, nan_ok=True)
+    share = n_reversed / 4
+    shares = {"image": 1 - share, "text": 1 - share, "text_from_image": share, "image_unconditional": share}
+    total = sum(getattr(WEIGHTS, name) * shares[name] * value for name, value in expected.items() if shares[name])
+    total += WEIGHTS.z * sum(mean([z**2 for row in rows for _, z in row[name]]) for name in ("image", "text"))
+    assert float(loss.total) == pytest.approx(total, rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_caption_score_equals_a_loop_over_positions(gpt: GPT, image_BI: Tensor) -> None:
+    found = caption_log_probability(gpt, pad_texts(TEXTS, 5), image_BI)
+    for row, text in enumerate(TEXTS):
+        tokens = token_losses(gpt, text, image_BI[row].tolist(), "back")["text"]
+        assert len(tokens) == len(text) + 1
+        assert float(found[row]) == pytest.approx(-mean([nll for nll, _ in tokens]), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_caption_score_of_a_cut_text_is_that_of_its_beginning(gpt: GPT, image_BI: Tensor) -> None:
+    long, short = ([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5])
+    a, b = (caption_log_probability(gpt, pad_texts([text], 5), image_BI[:1]) for text in (long, short))
+    assert torch.equal(a, b)
+
+
+def test_a_dropped_text_is_the_empty_text(gpt: GPT, image_BI: Tensor) -> None:
+    text = pad_texts(TEXTS, 5)
+    dropped = TextBatch(text.ids_BS, torch.zeros(4, dtype=torch.long))
+    a, b = (gpt_loss(gpt, t, image_BI, 0, WEIGHTS) for t in (dropped, pad_texts([[]] * 4, 5)))
+    torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("n_reversed", [0, 2, 4])
+def test_every_weight_gets_a_finite_gradient(gpt: GPT, image_BI: Tensor, n_reversed: int) -> None:
+    gpt_loss(gpt, pad_texts(TEXTS, 5), image_BI, n_reversed, WEIGHTS).total.backward()
+    for name, parameter in gpt.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_a_weight_of_zero_takes_its_part_out(gpt: GPT, image_BI: Tensor) -> None:
+    weights = LossWeights(image=1, text=0, text_from_image=0, image_unconditional=0, z=0)
+    loss = gpt_loss(gpt, pad_texts(TEXTS, 5), image_BI, 0, weights)
+    assert torch.equal(loss.total, loss.image)
+
+
+def test_under_bf16_the_loss_is_close_to_that_in_fp32(gpt: GPT, image_BI: Tensor) -> None:
+    expected = gpt_loss(gpt, pad_texts(TEXTS, 5), image_BI, 2, WEIGHTS).total
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gpt_loss(gpt, pad_texts(TEXTS, 5), image_BI, 2, WEIGHTS).total
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0)

@@ -1,0 +1,108 @@
+"""The layout by hand, on texts of up to 3 of 10 ids and images of 2 x 2 of 6 ids."""
+
+import pytest
+import torch
+
+from vqt2i.gpt import LayoutConfig, SequenceLayout
+from vqt2i.text import pad_texts
+
+LAYOUT = SequenceLayout(LayoutConfig(n_text_ids=10, n_image_ids=6, text_length=3, grid_height=2, grid_width=2))
+EOT, FIRST, PAD, T2I, I2T, BOI, BOT = 10, 11, 17, 18, 19, 20, 21
+IMAGE = torch.tensor([[0, 5, 1, 2], [3, 3, 0, 4], [1, 0, 2, 5]])
+TEXT = pad_texts([[7, 8], [], [1, 2, 3, 4]], 3)
+
+
+def test_the_id_space_is_text_eot_image_marks() -> None:
+    marks = (LAYOUT.eot, LAYOUT.first_image_id, LAYOUT.pad, LAYOUT.t2i, LAYOUT.i2t, LAYOUT.boi, LAYOUT.bot)
+    assert marks == (EOT, FIRST, PAD, T2I, I2T, BOI, BOT)
+    assert (LAYOUT.n_targets, LAYOUT.n_ids) == (10 + 1 + 6, 10 + 1 + 6 + 5)
+    assert (LAYOUT.image_length, LAYOUT.prefix_length, LAYOUT.length) == (4, 6, 10)
+
+
+def test_text_to_image_by_hand() -> None:
+    sequences = LAYOUT.join(TEXT, IMAGE)
+    assert sequences.ids_BL.tolist() == [
+        [PAD, T2I, 7, 8, EOT, BOI, 11, 16, 12, 13],
+        [PAD, PAD, PAD, T2I, EOT, BOI, 14, 14, 11, 15],
+        [T2I, 1, 2, 3, EOT, BOI, 12, 11, 13, 16],
+    ]
+    assert sequences.real_BL.tolist() == [[0] + [1] * 9, [0] * 3 + [1] * 7, [1] * 10]
+    image_positions = [[0, 1, 1], [0, 1, 2], [0, 2, 1], [0, 2, 2]]
+    text_axis = [[0, 0, 1, 2, 3, 0], [0, 0, 0, 0, 1, 0], [0, 1, 2, 3, 4, 0]]
+    assert sequences.positions_BLA.tolist() == [[[k, 0, 0] for k in row] + image_positions for row in text_axis]
+
+
+def test_image_to_text_by_hand() -> None:
+    sequences = LAYOUT.join_reversed(TEXT, IMAGE)
+    assert sequences.ids_BL.tolist() == [
+        [I2T, 11, 16, 12, 13, BOT, 7, 8, EOT, PAD],
+        [I2T, 14, 14, 11, 15, BOT, EOT, PAD, PAD, PAD],
+        [I2T, 12, 11, 13, 16, BOT, 1, 2, 3, EOT],
+    ]
+    assert sequences.real_BL.tolist() == [[1] * 9 + [0], [1] * 7 + [0] * 3, [1] * 10]
+    one = [[0, 0, 0], [0, 1, 1], [0, 1, 2], [0, 2, 1], [0, 2, 2], [0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [4, 0, 0]]
+    assert sequences.positions_BLA.tolist() == [one] * 3
+
+
+def test_real_tokens_have_the_same_positions_whatever_the_text_length_and_the_order() -> None:
+    wide = SequenceLayout(LAYOUT.config.model_copy(update={"text_length": 8}))
+    text = ([[7, 8], [], [1, 2, 3]], 3), ([[7, 8], [], [1, 2, 3]], 8)
+    for method in ("join", "join_reversed"):
+        kept = []
+        for layout, batch in ((LAYOUT, text[0]), (wide, text[1])):
+            sequences = getattr(layout, method)(pad_texts(*batch), IMAGE)
+            rows = zip(*sequences, strict=True)
+            kept.append([(ids[real].tolist(), positions[real].tolist()) for ids, positions, real in rows])
+        assert kept[0] == kept[1]
+
+
+def test_targets_are_one_ahead_of_the_inputs_that_predict_them() -> None:
+    for reversed_order, sequences in ((False, LAYOUT.join(TEXT, IMAGE)), (True, LAYOUT.join_reversed(TEXT, IMAGE))):
+        at = LAYOUT.image_targets(reversed_order=reversed_order)
+        assert torch.equal(sequences.ids_BL[:, at.start + 1 : at.stop + 1], IMAGE + FIRST)
+        at = LAYOUT.text_targets(reversed_order=reversed_order)
+        ids_BL = sequences.ids_BL[:, at.start + 1 : at.stop + 1]
+        predicted = [[i for i in row if i not in (PAD, T2I)] for row in ids_BL.tolist()]
+        assert ids_BL.shape[1] == 4 and predicted == [[7, 8, EOT], [EOT], [1, 2, 3, EOT]]
+
+
+def test_every_position_is_predicted_once_or_is_a_mark() -> None:
+    for order in (False, True):
+        slices = (LAYOUT.text_targets(reversed_order=order), LAYOUT.image_targets(reversed_order=order))
+        targets = [i + 1 for at in slices for i in range(LAYOUT.length)[at]]
+        assert sorted(targets) == sorted(set(range(LAYOUT.length)) - {0, 5})  # the first mark, and BOI or BOT
+
+
+def test_a_text_that_is_too_long_keeps_its_beginning() -> None:
+    batch = pad_texts([[1, 2, 3, 4, 5]], 3)
+    assert LAYOUT.text_prefix(batch).ids_BL.tolist() == [[T2I, 1, 2, 3, EOT, BOI]]
+
+
+def test_an_image_of_fewer_tokens_is_the_beginning_of_the_whole() -> None:
+    whole, part = LAYOUT.join(TEXT, IMAGE), LAYOUT.join(TEXT, IMAGE[:, :3])
+    assert all(torch.equal(a[:, :9], b) for a, b in zip(whole, part, strict=True))
+
+
+def test_no_text_is_read_beyond_its_count() -> None:
+    dropped = TEXT._replace(n_ids_B=torch.zeros(3, dtype=torch.long))
+    empty = pad_texts([[], [], []], 3)
+    for method in (LAYOUT.join, LAYOUT.join_reversed):
+        found, expected = method(dropped, IMAGE), method(empty, IMAGE)
+        real = expected.real_BL
+        assert all(torch.equal(a[real], b[real]) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(found.real_BL, real)
+
+
+@pytest.mark.parametrize("method", ["join", "join_reversed"])
+def test_a_query_sees_itself_and_what_is_real_before_it(method: str) -> None:
+    sequences = getattr(LAYOUT, method)(TEXT, IMAGE)
+    mask = sequences.causal_mask()
+    for row, real in enumerate(sequences.real_BL.tolist()):
+        for q in range(10):
+            assert mask[row, 0, q].tolist() == [k == q or (k < q and real[k]) for k in range(10)]
+
+
+def test_rows_can_be_put_together() -> None:
+    forth, back = LAYOUT.join(TEXT, IMAGE), LAYOUT.join_reversed(TEXT, IMAGE)
+    both = forth.cat(back)
+    assert torch.equal(both.ids_BL, torch.cat((forth.ids_BL, back.ids_BL))) and both.real_BL.shape == (6, 10)

@@ -1,0 +1,143 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqt2i.nn.transformer import Attention, Block, KVCache, Rotary, SwiGLU, Transformer, TransformerConfig, rotate
+
+CONFIG = TransformerConfig(width=24, n_layers=3, n_heads=3, mlp_width=40)
+
+
+def causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+
+
+def angles(length: int, config: TransformerConfig = CONFIG) -> tuple[Tensor, Tensor]:
+    return Rotary((config.head_width // 2,), (100.0,))(torch.arange(length)[None, :, None])
+
+
+def rms_normed(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_attention_is_a_softmax_written_by_hand(qk_norm: bool) -> None:
+    config = CONFIG.model_copy(update={"qk_norm": qk_norm})
+    layer, x_BLD = Attention(config, 0), torch.randn(2, 5, 24)
+    found = layer(x_BLD, mask_B1LK=causal(5), cos_sin=None, cache=None)
+    parts = [F.linear(x_BLD, w).view(2, 5, 3, 8) for w in layer.qkv.weight.chunk(3)]
+    q, k, v = parts
+    if qk_norm:
+        q, k = rms_normed(q), rms_normed(k)
+    scores_BNLK = torch.einsum("blnh,bknh->bnlk", q, k) / 8**0.5
+    weights = scores_BNLK.masked_fill(~causal(5), -torch.inf).softmax(-1)
+    expected = torch.einsum("bnlk,bknh->blnh", weights, v).reshape(2, 5, 24) @ layer.out.weight.T
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_block_agrees_with_pytorchs_multi_head_attention() -> None:
+    config = CONFIG.model_copy(update={"qk_norm": False})
+    layer, x_BLD = Attention(config, 0), torch.randn(2, 5, 24)
+    reference = torch.nn.MultiheadAttention(24, 3, bias=False)
+    with torch.no_grad():
+        reference.in_proj_weight.copy_(layer.qkv.weight)
+        reference.out_proj.weight.copy_(layer.out.weight)
+    x_LBD = x_BLD.transpose(0, 1)
+    expected, _ = reference(x_LBD, x_LBD, x_LBD, attn_mask=~causal(5)[0, 0])
+    found = layer(x_BLD, mask_B1LK=causal(5), cos_sin=None, cache=None)
+    torch.testing.assert_close(found, expected.transpose(0, 1))
+
+
+def test_swiglu_and_a_block_are_their_formulas() -> None:
+    mlp, x = SwiGLU(CONFIG), torch.randn(2, 5, 24)
+    gate, up = mlp.gate_up.weight.chunk(2)
+    torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down.weight.T)
+    block = Block(CONFIG, 0)
+    h = x + block.attention(rms_normed(x), mask_B1LK=None, cos_sin=None, cache=None)
+    found = block(x, mask_B1LK=None, cos_sin=None, cache=None)
+    torch.testing.assert_close(found, h + block.mlp(rms_normed(h)))
+
+
+def test_rotary_scores_depend_on_differences_of_positions_only() -> None:
+    rotary = Rotary((2, 1, 1), (1000.0, 10.0, 10.0))
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(position_q: list[int], position_k: list[int]) -> Tensor:
+        turned = [rotate(x, rotary(torch.tensor([[p]]))) for x, p in ((q, position_q), (k, position_k))]
+        return (turned[0] * turned[1]).sum()
+
+    expected = score([5, 2, 1], [3, 1, 4])
+    torch.testing.assert_close(score([55, 9, 11], [53, 8, 14]), expected)
+    for other in ([6, 2, 1], [5, 3, 1], [5, 2, 2]):
+        assert (score(other, [3, 1, 4]) - expected).abs() > 1e-3
+
+
+def test_rotary_frequencies_stay_exact_in_a_model_cast_to_bf16() -> None:
+    rotary = Rotary((4,), (100.0,))
+    cast = Rotary((4,), (100.0,)).bfloat16()
+    assert torch.equal(cast.frequencies_AP, rotary.frequencies_AP) and cast.frequencies_AP.dtype == torch.float32
+    assert "frequencies_AP" not in rotary.state_dict()
+
+
+def test_rotation_keeps_lengths_and_position_zero_changes_nothing() -> None:
+    rotary, x = Rotary((4,), (100.0,)), torch.randn(1, 2, 3, 8)
+    turned = rotate(x, rotary(torch.tensor([[[0], [7], [500]]])))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])
+
+
+def test_cached_pieces_match_the_whole_whatever_the_cut() -> None:
+    model, x_BLD = Transformer(CONFIG).eval(), torch.randn(2, 7, 24)
+    cos, sin = angles(7)
+    whole = model(x_BLD, mask_B1LK=causal(7), cos_sin=(cos, sin))
+    for cuts in ([7], [3, 4], [1] * 7, [5, 1, 1]):
+        cache = KVCache(CONFIG, 2, 7, torch.device("cpu"), torch.float32)
+        parts, start = [], 0
+        for size in cuts:
+            stop = start + size
+            at = (cos[:, :, start:stop], sin[:, :, start:stop])
+            mask = causal(stop)[:, :, start:]
+            parts.append(model(x_BLD[:, start:stop], mask_B1LK=mask, cos_sin=at, cache=cache))
+            start = stop
+        assert cache.n_filled == 7
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+def test_a_repeated_cache_holds_each_row_as_often_as_asked_with_room_for_more() -> None:
+    model, x_BLD = Transformer(CONFIG).eval(), torch.randn(2, 4, 24)
+    cache = KVCache(CONFIG, 2, 3, torch.device("cpu"), torch.float32)
+    model(x_BLD[:, :3], mask_B1LK=causal(3), cache=cache)
+    repeated = cache.repeat([1, 3], 4)
+    rows = [0, 1, 1, 1]
+    assert torch.equal(repeated.kv[..., :3, :], cache.kv[:, :, rows])
+    step = model(x_BLD[rows, 3:], cache=repeated)
+    torch.testing.assert_close(step, model(x_BLD[rows], mask_B1LK=causal(4))[:, 3:])
+    assert (cache.n_filled, repeated.n_filled) == (3, 4)
+
+
+def test_a_new_model_neither_grows_nor_shrinks_its_stream_with_depth() -> None:
+    for n_layers in (2, 12):
+        config = TransformerConfig(width=64, n_layers=n_layers, n_heads=4, mlp_width=128)
+        stream = {}
+        model = Transformer(config)
+        model.norm.register_forward_pre_hook(lambda module, inputs, kept=stream: kept.update(x=inputs[0]))
+        model(torch.randn(4, 8, 64), mask_B1LK=causal(8))
+        assert 0.9 < stream["x"].std() < 1.6
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, x = Transformer(CONFIG.model_copy(update={"dropout": 0.5})), torch.randn(1, 4, 24)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("sizes", [{"width": 30, "n_heads": 4}, {"width": 24, "n_heads": 4}])
+def test_a_width_that_the_heads_cannot_share_is_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be n_heads"):
+        TransformerConfig(**sizes)
