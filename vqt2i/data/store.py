@@ -40,7 +40,7 @@ class TokenSplit:
     def __init__(self, folder: Path, name: str, n_samples: int) -> None:
         try:
             arrays = [np.load(folder / f"{name}.{array}.npy", mmap_mode="r") for array in _ARRAYS]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{folder}: damaged token store ({error}); remove it and encode again") from None
         self._image_ids, self._text_ids, self._text_ends, self._caption_ends = arrays
         if not len(self._image_ids) == len(self._caption_ends) == n_samples:
