@@ -22,9 +22,19 @@ T = TypeVar("T")
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or rank 0 of several, by what the launchers tell in the environment.
+
+    Holds before `torch.distributed` is set up.
+    """
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def say(message: str) -> None:
     """Tell the user something, once (rank 0 only), on standard error."""
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    if is_first_process():
         _console.print(message, markup=False)
 
 

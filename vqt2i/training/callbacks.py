@@ -51,6 +51,10 @@ class Outputs(L.Callback):
     def __init__(self, folder: Path, export: Callable[[Path, dict[str, Any]], None]) -> None:
         self.folder, self.export = folder, export
 
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        # each process looked for a free name by itself; the first one's counts
+        self.folder = trainer.strategy.broadcast(self.folder)
+
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return

@@ -1,5 +1,6 @@
 """A data set into a token store: every image through the image tokenizer once, every caption through the text one."""
 
+import time
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from vqt2i.data.shards import DataSet
 from vqt2i.data.store import SPEC_NAME, StoreSpec, TokenSplitWriter, TokenStore
 from vqt2i.errors import DataError
 from vqt2i.files import new_folder, write_json
-from vqt2i.runtime import pick_device, progress
+from vqt2i.runtime import is_first_process, pick_device, progress
 from vqt2i.text import TextTokenizer
 from vqt2i.vq import ImageTokenizer
 
@@ -65,10 +66,13 @@ def store_folder(dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer)
 
 
 def ensure_store(dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...]) -> TokenStore:
-    """The store of these three beside the data set: opened if it is there, else made."""
+    """The store of these three beside the data set: opened if it is there, else made by the first process."""
     out = store_folder(dataset, vq, tokenizer)
     if not (out / SPEC_NAME).is_file():
-        return encode_dataset(dataset, vq, tokenizer, splits, out)
+        if is_first_process():
+            return encode_dataset(dataset, vq, tokenizer, splits, out)
+        while not (out / SPEC_NAME).is_file():
+            time.sleep(0.5)
     store = TokenStore.open(out)
     expected = store_spec(dataset, vq, tokenizer, splits)
     if store.spec != expected:

@@ -19,7 +19,7 @@ from vqt2i.config import Config, save_config
 from vqt2i.data.build import ensure_default_dataset
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import ConfigError
-from vqt2i.runtime import fastest_precision, pick_device, say
+from vqt2i.runtime import fastest_precision, is_first_process, pick_device, say
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
 from vqt2i.training.callbacks import Outputs, StepReport, checkpoints_in
 from vqt2i.training.compiled import EagerValidation
@@ -135,7 +135,8 @@ def fit(
     """
     config = data.config
     folder = newest_run_folder(runs, name) if resume else new_run_folder(runs, name)
-    save_config(run_config, folder / "config.yaml")
+    if is_first_process():
+        save_config(run_config, folder / "config.yaml")
     device = pick_device()
     precision = fastest_precision(device.type) if config.precision == "auto" else config.precision
     start = time.monotonic()
@@ -146,7 +147,7 @@ def fit(
         save_model(path, module.export_model(), model_config, facts)
 
     # Lightning's advertisements and advice that does not apply to us; its real warnings stay
-    for logger in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
