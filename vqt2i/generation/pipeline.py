@@ -20,7 +20,7 @@ from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.runtime import pick_device
-from vqt2i.text import TextTokenizer
+from vqt2i.text import TextTokenizer, clean_text
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 PARTS = ("text", "vq", "gpt", "clip")
@@ -135,12 +135,14 @@ class TextToImage:
         Raises:
             PromptError: numbers out of range, or a scorer that the pipeline does not have.
         """
+        if n < 1:
+            raise PromptError(f"number of pictures: found {n}, expected 1 or more")
+        if rerank is not None and 1 <= rerank < n:
+            raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
         groups = self.candidates(
             prompts, n if rerank is None else rerank, scorer=scorer, scored=rerank is not None,
             sampling=sampling, seed=seed, on_token=on_token,
         )  # fmt: skip
-        if rerank is not None and n > rerank:
-            raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
         return [sample for group in groups for sample in group[:n]]
 
     def candidates(
@@ -163,6 +165,7 @@ class TextToImage:
         if scored and scorer != "caption" and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
+        prompts = [clean_text(prompt) for prompt in prompts]
         texts = [tuple(self.text.encode(prompt)) for prompt in prompts]
         jobs = [Job(text, p, i) for p, text in enumerate(texts) for i in range(count)]
         if not jobs:

@@ -44,9 +44,10 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
 def pick(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Draw an id from each row by inverting its cumulative distribution at a number in [0, 1)."""
     cumulative = logits_BV.double().softmax(-1).cumsum(-1)
-    # scaled by the last entry, which rounding may leave off 1: an id of probability 0 is never drawn
-    target = uniform_B[:, None].double() * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(logits_BV.shape[-1] - 1)
+    # scaled by the last entry, which rounding may leave off 1, and kept below it: an id of probability 0 is never drawn
+    last = cumulative[:, -1:]
+    target = torch.minimum(uniform_B[:, None].double() * last, last.nextafter(torch.zeros_like(last)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, config: SamplingConfig) -> Tensor:

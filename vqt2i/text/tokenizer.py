@@ -8,6 +8,11 @@ from vqt2i.errors import CheckpointError
 from vqt2i.files import sha256_of_parts
 
 
+def clean_text(text: str) -> str:
+    """The text as it is read: SentencePiece stops at a NUL, and lone surrogates cannot be written as UTF-8."""
+    return text.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
+
+
 class TextTokenizer:
     """Text to ids and back.
 
@@ -47,9 +52,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end marks. The empty text gives no ids."""
-        # SentencePiece stops at a NUL; lone surrogates cannot be written as UTF-8
-        clean = text.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
-        return self._processor.EncodeAsIds(clean)
+        return self._processor.EncodeAsIds(clean_text(text))
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
