@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from vqt2i.generation.decode import Job, decode_image_ids, uniforms
+from vqt2i.generation.sampling import SamplingConfig
+from vqt2i.gpt import GPT
+from vqt2i.text import pad_texts
+
+TEXTS = [(1, 2, 3), (), (1, 2, 3), (9, 8)]
+JOBS = [Job(text, prompt, image) for prompt, text in enumerate(TEXTS) for image in range(3)]
+SETTINGS = [
+    SamplingConfig(guidance=1.0),
+    SamplingConfig(guidance=3.0),
+    SamplingConfig(guidance=2.0, temperature=0.7, top_k=4),
+    SamplingConfig(guidance=0.0, top_p=0.8),
+]
+
+
+@pytest.fixture
+def gpt(make_gpt) -> GPT:
+    return make_gpt()
+
+
+@torch.no_grad()
+def drawn_naively(gpt: GPT, job: Job, sampling: SamplingConfig, seed: int) -> list[int]:
+    """One image alone, token by token, without cache or batch, each step a full forward pass."""
+    config, ids = gpt.layout.config, []
+    numbers = uniforms(job, seed, gpt.layout.image_length)
+    for number in numbers:
+        logits = []
+        for text in (job.text_ids, ()):
+            so_far = torch.tensor([ids], dtype=torch.long)
+            hidden = gpt(gpt.layout.join(pad_texts([list(text)], config.text_length), so_far))
+            logits.append(gpt.image_logits(hidden[:, -1])[0].double())
+        guided = (logits[1] + sampling.guidance * (logits[0] - logits[1])) / sampling.temperature
+        order = guided.argsort(descending=True).tolist()[: sampling.top_k]
+        p = guided.softmax(0)
+        if sampling.top_k:
+            p = p / p[order].sum()
+        if sampling.top_p:
+            order = [i for at, i in enumerate(order) if p[order[:at]].sum() < sampling.top_p]
+        weights = torch.tensor([float(p[i]) if i in order else 0.0 for i in range(len(p))], dtype=torch.float64)
+        reached = (weights.cumsum(0) / weights.sum() > number).nonzero()
+        ids.append(int(reached[0]))
+    return ids
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_decoding_equals_the_naive_loop_of_full_passes(make_gpt, sampling: SamplingConfig, positions: str) -> None:
+    gpt = make_gpt(positions)
+    found = decode_image_ids(gpt, JOBS, sampling, seed=5)
+    assert found.shape == (len(JOBS), 3, 2) and found.dtype == torch.long
+    for row in (0, 4, 7, 11):
+        assert found[row].flatten().tolist() == drawn_naively(gpt, JOBS[row], sampling, 5)
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_an_image_depends_on_no_neighbour_no_order_and_no_batch(gpt: GPT, sampling: SamplingConfig) -> None:
+    expected = decode_image_ids(gpt, JOBS, sampling, seed=5)
+    for rows in (1, 5, 64):
+        assert torch.equal(decode_image_ids(gpt, JOBS, sampling, seed=5, rows_at_once=rows), expected)
+    order = torch.randperm(len(JOBS), generator=torch.Generator().manual_seed(0))
+    shuffled = decode_image_ids(gpt, [JOBS[i] for i in order], sampling, seed=5)
+    assert torch.equal(shuffled, expected[order])
+    assert torch.equal(decode_image_ids(gpt, JOBS[7:8], sampling, seed=5), expected[7:8])
+
+
+def test_equal_seeds_give_equal_images_and_others_do_not(gpt: GPT) -> None:
+    a, b, c = (decode_image_ids(gpt, JOBS, SETTINGS[1], seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(a, b)
+    assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True))
+
+
+def test_candidates_of_one_prompt_and_equal_prompts_get_streams_of_their_own(gpt: GPT) -> None:
+    images = decode_image_ids(gpt, JOBS, SETTINGS[0], seed=5)
+    assert len({tuple(image.flatten().tolist()) for image in images}) == len(JOBS)
+    numbers = [tuple(uniforms(job, 5, 6)) for job in JOBS]
+    assert len(set(numbers)) == len(JOBS) and all(0 <= x < 1 for row in numbers for x in row)
+
+
+def test_guidance_1_is_plain_sampling_and_0_ignores_the_text(gpt: GPT) -> None:
+    plain, same = (decode_image_ids(gpt, JOBS, SamplingConfig(guidance=s), seed=5) for s in (1.0, 1.0 + 1e-7))
+    assert torch.equal(plain, same)
+    texts = [Job((), job.prompt_index, job.image_index) for job in JOBS]
+    free = SamplingConfig(guidance=0.0)
+    assert torch.equal(decode_image_ids(gpt, JOBS, free, seed=5), decode_image_ids(gpt, texts, SETTINGS[0], seed=5))
+
+
+def test_guidance_of_the_empty_prompt_changes_nothing(gpt: GPT) -> None:
+    empty = [job for job in JOBS if not job.text_ids]
+    assert torch.equal(
+        decode_image_ids(gpt, empty, SETTINGS[0], seed=5), decode_image_ids(gpt, empty, SETTINGS[1], seed=5)
+    )
+
+
+def test_greedy_images_depend_on_the_text_only(gpt: GPT) -> None:
+    greedy = SamplingConfig(guidance=2.0, top_k=1)
+    images = decode_image_ids(gpt, JOBS, greedy, seed=5).flatten(1).tolist()
+    assert images[0:3] == images[6:9] == [images[0]] * 3 and images[0] != images[9]
+    assert images[9] == drawn_naively(gpt, JOBS[9], greedy, 1)
+
+
+def test_nothing_that_was_given_is_changed(gpt: GPT) -> None:
+    jobs, weights = list(JOBS), {name: value.clone() for name, value in gpt.state_dict().items()}
+    decode_image_ids(gpt, jobs, SETTINGS[1], seed=5)
+    assert jobs == JOBS
+    assert all(torch.equal(value, weights[name]) for name, value in gpt.state_dict().items())
+
+
+def test_every_token_of_every_image_is_counted(gpt: GPT) -> None:
+    counts = []
+    decode_image_ids(gpt, JOBS, SETTINGS[1], seed=5, rows_at_once=5, on_token=counts.append)
+    assert sum(counts) == len(JOBS) * gpt.layout.image_length and set(counts) == {5, 2}
+
+
+def test_a_text_that_is_too_long_is_read_up_to_the_length(gpt: GPT) -> None:
+    long, short = Job((1, 2, 3, 4, 5, 6, 7), 0, 0), Job((1, 2, 3, 4, 5), 0, 0)
+    a, b = (decode_image_ids(gpt, [job], SETTINGS[1], seed=5) for job in (long, short))
+    assert torch.equal(a, b)

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+
+from vqt2i.config import build_config
+from vqt2i.errors import ConfigError
+from vqt2i.generation.sampling import SamplingConfig, draw, guide, keep_top_k, keep_top_p, pick
+
+LOGITS = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+NO = -torch.inf
+
+
+def kept(logits_BV: torch.Tensor) -> list[list[int]]:
+    return [row.isfinite().nonzero().flatten().tolist() for row in logits_BV]
+
+
+def test_guidance_is_its_formula() -> None:
+    conditional, unconditional = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    for scale in (0.0, 0.3, 1.0, 2.5, 7.0):
+        expected = unconditional + scale * (conditional - unconditional)
+        torch.testing.assert_close(guide(conditional, unconditional, scale), expected)
+    assert torch.equal(guide(conditional, unconditional, 1.0), conditional)
+    assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+def test_top_k_by_hand(k: int, expected: list[int]) -> None:
+    assert kept(keep_top_k(LOGITS, k)) == [expected]
+
+
+def test_top_k_keeps_ties_with_the_last() -> None:
+    assert kept(keep_top_k(torch.tensor([[1.0, 3.0, 1.0, 0.0]]), 2)) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.01, [0]), (0.39, [0]), (0.41, [0, 1]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
+)
+def test_top_p_by_hand(p: float, expected: list[int]) -> None:
+    assert kept(keep_top_p(LOGITS, p)) == [expected]
+    shuffled = [2, 0, 3, 1]
+    assert kept(keep_top_p(LOGITS[:, shuffled], p)) == [sorted(shuffled.index(i) for i in expected)]
+
+
+def test_filters_leave_what_they_keep_and_what_was_out_already() -> None:
+    logits = torch.tensor([[2.0, NO, 1.0, 0.0]])
+    assert torch.equal(keep_top_k(logits, 2), torch.tensor([[2.0, NO, 1.0, NO]]))
+    assert torch.equal(keep_top_p(logits, 1.0), logits)
+    assert torch.equal(LOGITS, torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log())
+
+
+def test_a_number_picks_the_id_whose_interval_it_is_in() -> None:
+    uniforms = torch.tensor([0.0, 0.399, 0.401, 0.699, 0.701, 0.899, 0.901, 1 - 1e-9], dtype=torch.float64)
+    assert pick(LOGITS.expand(8, 4), uniforms).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_an_id_that_was_filtered_out_is_never_picked() -> None:
+    logits = torch.tensor([[NO, 0.0, NO, 0.0, NO]])
+    uniforms = torch.cat((torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1], torch.tensor([1 - 2**-53])))
+    assert set(pick(logits.expand(len(uniforms), 5), uniforms).tolist()) == {1, 3}
+
+
+def test_picks_have_the_distribution_of_the_logits() -> None:
+    n, uniforms = 100_000, np.random.default_rng(0).random(100_000)
+    counts = torch.bincount(pick(LOGITS.expand(n, 4), torch.from_numpy(uniforms)), minlength=4)
+    # four standard deviations of a share are at most 4 * sqrt(0.25 / n) = 0.0063
+    torch.testing.assert_close(counts / n, LOGITS.exp()[0], atol=0.0063, rtol=0)
+
+
+def test_temperature_comes_before_the_filters() -> None:
+    uniforms = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hot = SamplingConfig(temperature=4.0, top_p=0.5)
+    sharpened = (LOGITS / 4).softmax(-1)[0]
+    assert sharpened[0] < 0.5 < sharpened[:2].sum()
+    assert set(draw(LOGITS.expand(2000, 4), uniforms, hot).tolist()) == {0, 1}
+    both = SamplingConfig(top_k=3, top_p=0.5)  # of the three kept the first has 4/9, so two reach a half
+    assert set(draw(LOGITS.expand(2000, 4), uniforms, both).tolist()) == {0, 1}
+
+
+def test_top_k_1_is_greedy_whatever_the_number() -> None:
+    logits = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
+    found = draw(logits, torch.rand(64), SamplingConfig(top_k=1, temperature=50))
+    assert torch.equal(found, logits.argmax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_drawn_from_in_full(dtype: torch.dtype) -> None:
+    logits, uniforms = torch.randn(64, 9).to(dtype), torch.rand(64, dtype=torch.float64)
+    assert torch.equal(draw(logits, uniforms, SamplingConfig()), draw(logits.float(), uniforms, SamplingConfig()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("guidance", -1), ("guidance", float("nan")), ("guidance", 101), ("temperature", 0), ("temperature", float("inf")),
+     ("top_k", 0), ("top_k", 1.5), ("top_p", 0), ("top_p", 1.1), ("top_p", float("nan"))],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=name):
+        build_config(SamplingConfig, {name: value}, "sampling")
