@@ -33,15 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"vqt2i: unknown command {argv[0]!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"vqt2i.cli.{verb}")
-    summary, _, details = (module.__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog=f"vqt2i {verb}", description=f"{summary}\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    module.add_arguments(parser)
-    args = parser.parse_args(argv[1:])
+    args = parser_of(verb).parse_args(argv[1:])
     try:
-        module.run(args)
+        importlib.import_module(f"vqt2i.cli.{verb}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,6 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The argument parser of one of `VERBS`; its description is the docstring of the verb's module."""
+    module = importlib.import_module(f"vqt2i.cli.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"vqt2i {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    return parser
 
 
 def _top_parser() -> argparse.ArgumentParser:
