@@ -30,10 +30,10 @@ class StepReport(L.Callback):
         if now - self.last_seconds < self.every_seconds and step != trainer.max_steps:
             return
         rate = (step - self.last_step) / max(now - self.last_seconds, 1e-9)
-        left = (trainer.max_steps - step) * (now - self.start_seconds) / max(step - self.first_step, 1)
+        left = round((trainer.max_steps - step) * (now - self.start_seconds) / max(step - self.first_step, 1))
         losses = [f"{k.removeprefix('train/')} {v:.3g}" for k, v in trainer.callback_metrics.items() if "train/" in k]
         say(f"step {step:,}/{trainer.max_steps:,}  {'  '.join(losses)}  "
-            f"{rate * self.batch_size:,.0f} samples/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
+            f"{rate * self.batch_size:,.0f} samples/s  {left // 60}:{left % 60:02} left")  # fmt: skip
         self.last_seconds, self.last_step = now, step
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -54,6 +54,11 @@ class Outputs(L.Callback):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         # each process looked for a free name by itself; the first one's counts
         self.folder = trainer.strategy.broadcast(self.folder)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # a run that had come to its end goes on if it is given more steps
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = checkpoint["global_step"] >= trainer.max_steps
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.sanity_checking:

@@ -27,10 +27,13 @@ def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     kept = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True,
     )  # fmt: skip
+    # Lightning clips no gradients that the optimizer would unscale by itself; without fp16 there is nothing to unscale
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def learning_rate_share(config: OptimizerConfig, step: int, max_steps: int) -> float:

@@ -1,6 +1,7 @@
 """A training run: its folder, its Trainer, its data. The same for every stage."""
 
 import logging
+import re
 import sys
 import time
 import warnings
@@ -14,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
-from vqt2i.checkpoint import save_model
-from vqt2i.config import Config, save_config
+from vqt2i.checkpoint import CONFIG, save_model
+from vqt2i.config import Config, load_config, save_config
 from vqt2i.data.build import ensure_default_dataset
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import ConfigError
@@ -109,10 +110,27 @@ def newest_run_folder(runs: Path, name: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    folders = [f for f in runs.glob(f"{name}*") if checkpoints_in(f / "checkpoints")]
+    called = re.compile(rf"{re.escape(name)}(-\d+)?")  # as `new_run_folder` names them
+    folders = [f for f in runs.glob("*") if called.fullmatch(f.name) and checkpoints_in(f / "checkpoints")]
     if not folders:
         raise ConfigError(f"{runs / name}: no run with a checkpoint to resume; start one without --resume")
     return max(folders, key=lambda f: checkpoints_in(f / "checkpoints")[-1].stat().st_mtime)
+
+
+def require_same_model(run_folder: Path, config: Config) -> None:
+    """Check that a run is resumed as the model that it trains, on ids of the same tokenizers.
+
+    Raises:
+        ConfigError: it is another one; the first difference is named.
+    """
+    path = run_folder / "model" / CONFIG
+    if not path.is_file():  # interrupted before the first export
+        return
+    trained, given = (c.model_dump(mode="json") for c in (load_config(type(config), path), config))
+    for key in given:
+        if trained[key] != given[key]:
+            raise ConfigError(f"{run_folder}: its model has {key} {trained[key]}, this one {given[key]}; resume "
+                              f"with --config {run_folder / 'config.yaml'} and the tokenizers it was started with")  # fmt: skip
 
 
 def fit(
@@ -131,10 +149,12 @@ def fit(
     """Train to `max_steps` and return the run's folder, whose `model/` holds the export.
 
     Raises:
-        ConfigError: nothing to resume.
+        ConfigError: nothing to resume, or a run of another model.
     """
     config = data.config
     folder = newest_run_folder(runs, name) if resume else new_run_folder(runs, name)
+    if resume:
+        require_same_model(folder, model_config)
     if is_first_process():
         save_config(run_config, folder / "config.yaml")
     device = pick_device()
@@ -154,6 +174,7 @@ def fit(
         ".*exists and is not empty.*",
         ".*smaller than the logging interval.*",
         ".*LeafSpec.*",
+        "You're resuming from a checkpoint that ended before the epoch.*",  # our batches follow from the step alone
     ):
         warnings.filterwarnings("ignore", message=message)
     say(f"training {name} into {folder}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
