@@ -1,0 +1,66 @@
+"""Small runs of every stage on the coloured squares: configurations, and functions that train them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vqt2i.checkpoint import WEIGHTS, load_model
+from vqt2i.config import load_config
+from vqt2i.data.shards import DataSet
+from vqt2i.training.clip import CLIPRunConfig, train_clip
+from vqt2i.training.gpt import GPTRunConfig, train_gpt
+from vqt2i.training.vqgan import VQGANRunConfig, train_vqgan
+from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+
+TRANSFORMER = "{width: 32, n_layers: 2, n_heads: 2, mlp_width: 48}"
+TRAINER = "{max_steps: 10, batch_size: 8, validate_every_steps: 5, n_validation_samples: 7, precision: fp32}"
+OPTIMIZER = "{learning_rate: 0.005, warmup_steps: 2}"
+
+
+@pytest.fixture
+def overrides(tiny_dataset: DataSet, model_folders: Path) -> dict[str, list[str]]:
+    """What makes the built-in settings of each stage small, as the command line's --set takes it."""
+    text = f"text_tokenizer={model_folders / 'text' / 'text.model'}"
+    every = [f"data.path={tiny_dataset.folder}", f"trainer={TRAINER}"]
+    return {
+        "vqgan": [
+            *every, f"training.optimizer={OPTIMIZER}", "model={image_size_px: 16, channels: [8, 16]}",
+            "model.quantizer={codebook_size: 16, code_dim: 4}",
+        ],
+        "gpt": [
+            *every, text, f"training.optimizer={OPTIMIZER}", f"transformer={TRANSFORMER}", "text_length=12",
+            f"image_tokenizer={model_folders / 'vq'}",
+        ],
+        "clip": [
+            *every, text, f"training.optimizer={OPTIMIZER}", f"vision={TRANSFORMER}", f"text={TRANSFORMER}",
+            "text_length=12", "image_size_px=16", "embedding_width=16",
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def train(overrides: dict[str, list[str]], tmp_path: Path) -> Callable[..., Path]:
+    """train(stage, *more overrides, resume=False, deepspeed=False): run a stage in tmp_path/runs, return its folder."""
+
+    def run(
+        stage: str, *more: str, resume: bool = False, deepspeed: bool | Path = False, runs: Path = tmp_path / "runs"
+    ) -> Path:
+        values = [*overrides[stage], *more]
+        if stage == "vqgan":
+            return train_vqgan(load_config(VQGANRunConfig, None, values), runs, resume=resume)
+        if stage == "clip":
+            return train_clip(load_config(CLIPRunConfig, None, values), runs, resume=resume)
+        config = load_config(GPTRunConfig, None, values)
+        vq = load_model(config.image_tokenizer, ImageTokenizerConfig, ImageTokenizer)
+        return train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=deepspeed)
+
+    return run
+
+
+@pytest.fixture
+def weights() -> Callable[[Path], dict[str, Tensor]]:
+    """The exported weights of a run's folder."""
+    return lambda folder: load_file(folder / "model" / WEIGHTS)
