@@ -43,7 +43,7 @@ class SampleSource(Protocol):
 
 
 class ImageSamples(Dataset):
-    """Samples from images: pixels fitted to `size_px`, one caption of those in the languages asked for."""
+    """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language."""
 
     def __init__(self, split: Split, size_px: int, tokenizer: TextTokenizer | None, seed: int) -> None:
         self.split, self.size_px, self.tokenizer, self.seed = split, size_px, tokenizer, seed
@@ -113,7 +113,11 @@ def training_loader(
 def validation_loader(
     source: SampleSource, *, batch_size: int, n_samples: int, text_length: int | None, rank: int, n_ranks: int
 ) -> DataLoader:
-    """The first `n_samples` of a split in order (fewer if it is shorter), dealt out to the ranks, always the same."""
-    visits = [Visit(index, 0) for index in range(min(n_samples, len(source)))][rank::n_ranks]
+    """The first `n_samples` of a split in order (fewer if it is shorter), dealt out to the ranks, always the same.
+
+    Every rank gets as many, for ranks that gather from each other wait for each other: a remainder is left out.
+    """
+    n_per_rank = max(min(n_samples, len(source)) // n_ranks, 1)
+    visits = [Visit(index % len(source), 0) for index in range(rank, n_per_rank * n_ranks, n_ranks)]
     batches = [visits[i : i + batch_size] for i in range(0, len(visits), batch_size)]
     return DataLoader(source, batch_sampler=batches, collate_fn=collate(text_length))

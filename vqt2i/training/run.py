@@ -129,8 +129,9 @@ def require_same_model(run_folder: Path, config: Config) -> None:
     trained, given = (c.model_dump(mode="json") for c in (load_config(type(config), path), config))
     for key in given:
         if trained[key] != given[key]:
-            raise ConfigError(f"{run_folder}: its model has {key} {trained[key]}, this one {given[key]}; resume "
-                              f"with --config {run_folder / 'config.yaml'} and the tokenizers it was started with")  # fmt: skip
+            other = f"its model has {key} {trained[key]}, this one {given[key]}"
+            start = f"--config {run_folder / 'config.yaml'} and the tokenizers it was started with"
+            raise ConfigError(f"{run_folder}: {other}; resume with {start}")
 
 
 def fit(
