@@ -1,0 +1,126 @@
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqt2i.checkpoint import load_model, read_card
+from vqt2i.data.shards import DataSet
+from vqt2i.generation.find import open_pipeline
+from vqt2i.generation.sampling import SamplingConfig
+from vqt2i.gpt import GPT, GPTConfig, LossWeights, gpt_loss
+from vqt2i.text import TextBatch, pad_texts
+from vqt2i.training.batches import Batch
+from vqt2i.training.gpt import GPTModule, GPTTrainingConfig, example_prompts
+
+
+@pytest.fixture
+def gpt(model_folders: Path) -> GPT:
+    return load_model(model_folders / "gpt", GPTConfig, GPT)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    text = pad_texts([[5 + i, 9] for i in range(8)], 12)
+    return Batch(None, torch.randint(16, (8, 4, 4), generator=generator), text, torch.linspace(0, 0.99, 8))
+
+
+def make_module(gpt: GPT, tiny_vq, monkeypatch, **config: float) -> GPTModule:
+    module = GPTModule(gpt, tiny_vq, GPTTrainingConfig(**config), 10, SamplingConfig())
+    module.told = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **options: module.told.update(values))
+    optimizer = torch.optim.SGD(gpt.parameters(), lr=0.25)
+    monkeypatch.setattr(module, "optimizers", lambda: optimizer)
+    return module
+
+
+def test_reading_images_or_their_store_trains_equal_weights(train, weights, tmp_path: Path) -> None:
+    runs = [train("gpt", f"source={source}", runs=tmp_path / source) for source in ("store", "images")]
+    a, b = map(weights, runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_shares_of_reversed_rows_and_dropped_texts_are_as_configured(
+    gpt: GPT, tiny_vq, batch: Batch, monkeypatch
+) -> None:
+    module = make_module(gpt, tiny_vq, monkeypatch, reversed_share=0.25, null_share=0.6)
+    kept = [True, True, False, False, False, True, True, True]  # two rows reversed; of the others, chances below 0.6
+    text = TextBatch(batch.text.ids_BS, batch.text.n_ids_B * torch.tensor(kept))
+    expected = gpt_loss(gpt, text, batch.image_ids.flatten(1), 2, LossWeights())
+    torch.testing.assert_close(module.training_step(batch, 0), expected.total)
+    assert module.told["train/text_from_image"] == expected.text_from_image and module.told["train/lr"] == 0.25
+    assert batch.text.n_ids_B.tolist() == [2] * 8
+
+
+def test_without_reversed_rows_their_losses_are_not_logged(gpt: GPT, tiny_vq, batch: Batch, monkeypatch) -> None:
+    module = make_module(gpt, tiny_vq, monkeypatch, reversed_share=0.0)
+    module.training_step(batch, 0)
+    assert {"train/image", "train/text", "train/total"} <= set(module.told)
+    assert not {"train/text_from_image", "train/image_unconditional"} & set(module.told)
+
+
+def test_validation_measures_both_modalities_in_both_orders_without_dropping(
+    gpt: GPT, tiny_vq, batch: Batch, monkeypatch
+) -> None:
+    module = make_module(gpt, tiny_vq, monkeypatch, null_share=0.9)
+    module.validation_step(batch, 0)
+    ids = batch.image_ids.flatten(1)
+    forth, back = (gpt_loss(gpt, batch.text, ids, n, LossWeights()) for n in (0, 8))
+    assert module.told == {
+        "val/image": forth.image, "val/text": forth.text, "val/text_from_image": back.text_from_image,
+        "val/image_unconditional": back.image_unconditional,
+    }  # fmt: skip
+
+
+def test_the_image_tokenizer_is_frozen_and_not_in_the_checkpoint(gpt: GPT, tiny_vq, batch: Batch, monkeypatch) -> None:
+    module = make_module(gpt, tiny_vq, monkeypatch)
+    module.training_step(batch, 0).backward()
+    assert all(name.startswith("gpt.") for name in module.state_dict())
+    assert not any(p.requires_grad for p in tiny_vq.parameters()) and not tiny_vq.training
+    assert set(map(id, module.parameters())) == set(map(id, gpt.parameters()))
+
+
+def test_the_sample_picture_holds_images_over_drawings_of_their_captions(
+    gpt: GPT, tiny_vq, batch: Batch, monkeypatch
+) -> None:
+    module = make_module(gpt.train(), tiny_vq, monkeypatch)
+    picture = module.sample_images(batch, max_images=3)
+    assert picture.shape == (3, 2 * 16, 3 * 16) and gpt.training
+    torch.testing.assert_close(picture[:, :16, 16:32], tiny_vq.decode(batch.image_ids[1:2])[0])
+    assert torch.equal(module.sample_images(batch, max_images=3), picture)
+
+
+def test_training_learns_the_images_of_the_captions(train) -> None:
+    steps = ["trainer.max_steps=120", "trainer.validate_every_steps=60", "trainer.batch_size=24"]
+    # on images that were seen, for the codes of an untrained tokenizer are noise
+    seen = ["data.validation_split=train", "trainer.n_validation_samples=24"]
+    folder = train("gpt", *steps, *seen, "training.reversed_share=0.25")
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/image"]]
+    assert len(rows) == 2
+    losses = {name: float(rows[-1][name]) for name in rows[0] if name.startswith("val/")}
+    assert losses["val/image"] < 0.5 < 2.77 and losses["val/text"] < 1 < 5.7  # guessing costs ln 16 and ln 300
+    # a caption says the colour, so an image is likelier with it than without; and the reverse
+    assert losses["val/image"] < losses["val/image_unconditional"] - 0.3
+    assert losses["val/text_from_image"] < losses["val/text"] - 0.1
+    assert (folder / "samples" / "step-00000120.png").is_file()
+
+
+def test_a_trained_run_opens_as_a_pipeline_with_its_own_prompts_and_sampling(
+    train, tiny_dataset: DataSet, tmp_path: Path, model_folders: Path
+) -> None:
+    train("clip", "trainer.max_steps=1")
+    folder = train("gpt", "trainer.max_steps=1", "sampling.guidance=3.5")
+    card = read_card(folder / "model")
+    assert card["image_tokenizer"]["path"] == str(model_folders / "vq")
+    pipeline = open_pipeline(None, tmp_path / "runs", "cpu")
+    assert pipeline.gpt.fingerprint == card["fingerprint"] and pipeline.clip is not None
+    assert pipeline.config.sampling.guidance == 3.5
+    assert pipeline.config.example_prompts == tuple(example_prompts(tiny_dataset.split("val")))
+    assert len(pipeline.generate(["a red square"], n=2, rerank=3)) == 2
+
+
+def test_example_prompts_take_the_languages_in_turn(tiny_dataset: DataSet) -> None:
+    prompts, split = example_prompts(tiny_dataset.split("val"), 3), tiny_dataset.split("val")
+    assert prompts == [split.captions(0)["en"][0], split.captions(1)["zh"][0], split.captions(2)["en"][0]]
