@@ -1,0 +1,116 @@
+"""One process, DDP and DeepSpeed train alike: the real engines, on CPU ranks over gloo, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from vqt2i.checkpoint import load_model
+from vqt2i.config import load_config
+from vqt2i.errors import ConfigError
+from vqt2i.training.clip import CLIPRunConfig, train_clip
+from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
+from vqt2i.training.strategy import (
+    CPUDeepSpeedStrategy,
+    DeepSpeedConfig,
+    build_strategy,
+    deepspeed_json,
+    read_deepspeed_json,
+)
+from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+
+# parts whose mean does not depend on how the rows are dealt out to ranks
+FAIR = ["training.reversed_share=0", "training.loss={text: 0, z: 0}", "training.null_share=0"]
+STEPS = ["trainer.max_steps=4", "trainer.validate_every_steps=2"]
+
+
+def launch(tmp_path: Path, overrides: dict[str, list[str]], deepspeed: bool, devices: int) -> Path:
+    """Train GPT and scorer in a process of its own, which starts its further ranks; returns their runs folder."""
+    runs = tmp_path / "ranks"
+    values = {stage: [*overrides[stage], *STEPS, f"trainer.devices={devices}"] for stage in ("gpt", "clip")}
+    values["gpt"] += FAIR
+    job = json.dumps({"runs": str(runs), "deepspeed": deepspeed, "overrides": values})
+    subprocess.run([sys.executable, __file__, job], check=True, timeout=180)
+    return runs
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4), name  # one step moves a weight by up to 5e-3
+
+
+def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not(train, weights, overrides, tmp_path: Path) -> None:
+    runs = launch(tmp_path, overrides, deepspeed=True, devices=1)
+    plain = weights(train("gpt", *STEPS, *FAIR))
+    assert_close(weights(runs / "gpt"), plain)
+    assert (runs / "broken" / "checkpoints" / "step-00000004.ckpt").is_dir()
+    assert_close(weights(runs / "broken"), plain)
+
+
+def test_two_ranks_train_the_weights_of_one_process(train, weights, overrides, tmp_path: Path) -> None:
+    runs = launch(tmp_path, overrides, deepspeed=False, devices=2)
+    assert sorted(path.name for path in runs.iterdir()) == ["clip", "gpt"]
+    assert_close(weights(runs / "gpt"), weights(train("gpt", *STEPS, *FAIR)))
+    assert_close(weights(runs / "clip"), weights(train("clip", *STEPS)))
+
+
+def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    kinds = {
+        (cpu, 1, None): SingleDeviceStrategy, (cuda, 1, None): SingleDeviceStrategy, (cpu, 2, None): DDPStrategy,
+        (cpu, 1, 2): CPUDeepSpeedStrategy, (cuda, 1, 2): DeepSpeedStrategy,
+    }  # fmt: skip
+    for (device, n_devices, stage), kind in kinds.items():
+        ds_json = None if stage is None else deepspeed_json(DeepSpeedConfig(), 4)
+        assert type(build_strategy(device, n_devices, ds_json, find_unused_parameters=False)) is kind
+
+
+def test_deepspeeds_json_is_made_anew_each_time_from_typed_fields() -> None:
+    first = deepspeed_json(DeepSpeedConfig(zero_stage=1), 4)
+    assert first["zero_optimization"]["stage"] == 1 and first["train_micro_batch_size_per_gpu"] == 4
+    first["zero_optimization"]["stage"] = 9
+    assert deepspeed_json(DeepSpeedConfig(zero_stage=1), 4)["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "No such file"), ("{", "not JSON"), ("[1]", "found a list")])
+def test_a_users_json_that_cannot_be_used_is_a_config_error(tmp_path: Path, content: str | None, told: str) -> None:
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"ds\.json.*{told}"):
+        read_deepspeed_json(path)
+
+
+def run_rank(job: dict) -> None:
+    torch.set_num_threads(1)
+    runs, values = Path(job["runs"]), job["overrides"]
+
+    def gpt(*more: str, resume: bool = False) -> Path:
+        config = load_config(GPTRunConfig, None, [*values["gpt"], *more])
+        vq = load_model(config.image_tokenizer, ImageTokenizerConfig, ImageTokenizer)
+        return train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=job["deepspeed"])
+
+    gpt()
+    if not job["deepspeed"]:
+        train_clip(load_config(CLIPRunConfig, None, values["clip"]), runs, resume=False)
+        return
+    GPTModule.on_train_batch_end = stop_after_three_steps
+    with pytest.raises(InterruptedError):
+        gpt("name=broken")
+    del GPTModule.on_train_batch_end
+    gpt("name=broken", resume=True)
+
+
+def stop_after_three_steps(module: GPTModule, outputs: object, batch: object, batch_index: int) -> None:
+    if module.global_step == 3:
+        raise InterruptedError
+
+
+if __name__ == "__main__":  # the processes of the tests above
+    run_rank(json.loads(sys.argv[1]))
