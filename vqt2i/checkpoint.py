@@ -54,7 +54,8 @@ def load_model(folder: Path, config_class: type[ConfigT], build: Callable[[Confi
     try:
         config = load_config(config_class, folder / CONFIG)
     except ConfigError as error:
-        raise CheckpointError(f"{error}; this version of vqt2i cannot read the model") from None
+        first_line = str(error).splitlines()[0]
+        raise CheckpointError(f"{first_line}; not a model of the kind expected, or of another version") from None
     try:
         state = load_tensors(weights)
     except SafetensorError as error:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from vqt2i.cli.options import sampling_from
-    from vqt2i.errors import PromptError
+    from vqt2i.errors import PromptError, UserError
     from vqt2i.generation.find import open_pipeline
     from vqt2i.generation.output import next_folder, write_outputs
     from vqt2i.runtime import counter, say
@@ -37,20 +37,25 @@ def run(args: argparse.Namespace) -> None:
     n = args.n or min(4, args.rerank or 4)
     if args.rerank and n > args.rerank:
         raise PromptError(f"--n {n}: only {args.rerank} candidates are drawn; give --rerank {n} or more")
+    if args.scorer and not args.rerank:
+        raise PromptError(f"--scorer {args.scorer}: nothing is ranked without --rerank K")
+    if args.out and args.out.is_file():
+        raise UserError(f"--out {args.out}: a file; expected a folder")
     pipeline = open_pipeline(args.model, args.runs)
     sampling = sampling_from(args, pipeline.config.sampling)
     prompts = args.prompts or list(pipeline.config.example_prompts) or [""]
     count = args.rerank or n
+    scorer = (args.scorer or pipeline.default_scorer) if args.rerank else None
     total = len(prompts) * count * pipeline.gpt.layout.image_length
     with counter(f"drawing {len(prompts) * count} pictures", total, unit="tokens") as on_token:
         groups = pipeline.candidates(
-            prompts, count, scorer=args.scorer, scored=args.rerank is not None, sampling=sampling, seed=args.seed,
+            prompts, count, scorer=scorer, scored=args.rerank is not None, sampling=sampling, seed=args.seed,
             on_token=on_token,
         )  # fmt: skip
     for group in groups:
         if group[0].n_truncated:
             say(f"prompt {group[0].prompt[:40]!r}: its last {group[0].n_truncated} ids did not fit and were left out")
-    settings = {**sampling.model_dump(), "rerank": args.rerank, "scorer": args.scorer, "seed": args.seed}
+    settings = {**sampling.model_dump(), "rerank": args.rerank, "scorer": scorer, "seed": args.seed}
     out = args.out or next_folder(Path("outputs"))
     paths = write_outputs(out, groups, n, settings, pipeline.fingerprints)
     print(f"{len(paths) - 1} pictures in {out}, all of them in {paths[0]}")

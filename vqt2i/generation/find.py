@@ -41,9 +41,12 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
     """The parts that belong with a trained GPT: its tokenizers by fingerprint, the newest scorer for its text.
 
     Raises:
-        CheckpointError: an image tokenizer or text tokenizer that its card names is gone.
+        CheckpointError: no GPT, or an image tokenizer or text tokenizer that its card names is gone.
     """
     card = read_card(gpt_folder)
+    kind = card.get("kind")
+    if kind != "gpt":
+        raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or a GPT run")
     models = trained_models(runs)
     vq = _by_fingerprint(models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
     text = Path(card["text_tokenizer"]["path"])

@@ -114,6 +114,11 @@ class TextToImage:
         parts = {"text": self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip}
         return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
+    @property
+    def default_scorer(self) -> Scorer:
+        """What ranks candidates where nothing else is said."""
+        return "both" if self.clip else "caption"
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -159,7 +164,7 @@ class TextToImage:
         """All `count` pictures of each prompt: ranked best first if `scored`, else in the order of drawing."""
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
-        scorer = scorer or ("both" if self.clip else "caption")
+        scorer = scorer or self.default_scorer
         if scorer not in get_args(Scorer):
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
         if scored and scorer != "caption" and self.clip is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqt2i.clip import CLIP, CLIPConfig, contrastive_loss
 from vqt2i.clip.loss import recall_at, same_captions
-from vqt2i.config import Config
+from vqt2i.config import Config, build_config
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import say
 from vqt2i.text import TextTokenizer
@@ -106,16 +106,17 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: bool) -> Path:
     """Train as configured and return the run's folder."""
     dataset = open_dataset(config.data)
     tokenizer = TextTokenizer.load(config.text_tokenizer)
-    clip_config = CLIPConfig(
-        image_size_px=config.image_size_px,
-        patch_size_px=config.patch_size_px,
-        text_length=config.text_length,
-        n_text_ids=tokenizer.n_ids,
-        vision=config.vision,
-        text=config.text,
-        embedding_width=config.embedding_width,
-        text_tokenizer=tokenizer.fingerprint,
-    )
+    values = {
+        "image_size_px": config.image_size_px,
+        "patch_size_px": config.patch_size_px,
+        "text_length": config.text_length,
+        "n_text_ids": tokenizer.n_ids,
+        "vision": config.vision,
+        "text": config.text,
+        "embedding_width": config.embedding_width,
+        "text_tokenizer": tokenizer.fingerprint,
+    }
+    clip_config = build_config(CLIPConfig, values, "scorer")
     L.seed_everything(config.trainer.seed, verbose=False)
     train, validation = (
         ImageSamples(dataset.split(split), config.image_size_px, tokenizer, config.trainer.seed)
