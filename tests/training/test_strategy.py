@@ -42,7 +42,8 @@ def launch(tmp_path: Path, overrides: dict[str, list[str]], deepspeed: bool, dev
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
-        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4), name  # one step moves a weight by up to 5e-3
+        # one step moves a weight by up to 5e-3
+        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4), name
 
 
 def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not(train, weights, overrides, tmp_path: Path) -> None:
