@@ -1,5 +1,6 @@
 """What a run writes while it trains: progress, pictures, checkpoints, exports."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from vqt2i.data.images import to_uint8
+from vqt2i.files import PARTIAL_PREFIX
 from vqt2i.runtime import say
 
 
@@ -64,8 +66,11 @@ class Outputs(L.Callback):
         if trainer.sanity_checking:
             return
         step = trainer.global_step
-        trainer.save_checkpoint(self.folder / "checkpoints" / f"step-{step:08d}.ckpt")  # every rank takes part
+        path = self.folder / "checkpoints" / f"step-{step:08d}.ckpt"
+        partial = path.with_name(PARTIAL_PREFIX + path.name)
+        trainer.save_checkpoint(partial)  # every rank takes part, and waits for the others
         if trainer.is_global_zero:
+            os.replace(partial, path)
             remove_older_checkpoints(self.folder / "checkpoints")
             metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             self.export(self.folder / "model", {"steps": step, "metrics": metrics})
