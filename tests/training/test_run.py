@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 
 from vqt2i.checkpoint import load_model, read_card, save_model
 from vqt2i.clip import CLIP, CLIPConfig
@@ -83,6 +83,23 @@ def test_a_run_that_was_interrupted_and_resumed_ends_with_the_same_weights(
     assert [name for name in whole if not torch.equal(resumed[name], whole[name])] == []
     assert any(not torch.equal(half[name], whole[name]) for name in whole)
     assert read_card(folder / "model")["steps"] == 10
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(train, weights, monkeypatch, tmp_path: Path) -> None:
+    whole = weights(train("clip", runs=tmp_path / "whole"))
+    save = Trainer.save_checkpoint
+
+    def save_half(self: Trainer, path: Path) -> None:
+        save(self, path)
+        if self.global_step == 10:
+            path.write_bytes(path.read_bytes()[:1000])
+            raise StopError
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(Trainer, "save_checkpoint", save_half)
+        train("clip")
+    resumed = weights(train("clip", resume=True))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @every_stage
