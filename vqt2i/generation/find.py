@@ -32,8 +32,13 @@ def trained_models(runs: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     cards = sorted(runs.glob(f"*/model/{CARD}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for card in cards:
+        try:
+            kind = read_card(card.parent).get("kind", "unknown")
+        except CheckpointError as error:
+            say(f"left out: {error}")
+            continue
         if (card.parent / CONFIG).is_file():
-            found.setdefault(read_card(card.parent).get("kind", "unknown"), []).append(card.parent)
+            found.setdefault(kind, []).append(card.parent)
     return found
 
 

@@ -25,6 +25,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 PARTS = ("text", "vq", "gpt", "clip")
 PIPELINE = "pipeline.yaml"
+ROWS_AT_ONCE = 64  # images decoded or scored together: bounds the memory, changes no result
 
 
 class PipelineConfig(Config):
@@ -197,9 +198,9 @@ class TextToImage:
         return groups
 
     @torch.inference_mode()
-    def _decode(self, ids_BHW: Tensor, rows_at_once: int = 64) -> Tensor:
+    def _decode(self, ids_BHW: Tensor) -> Tensor:
         device = next(self.vq.parameters()).device
-        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(rows_at_once)])
+        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(ROWS_AT_ONCE)])
 
     def _score(
         self,
@@ -208,13 +209,14 @@ class TextToImage:
         ids_BHW: Tensor,
         texts: list[tuple[int, ...]],
     ) -> dict[str, Tensor]:
-        scores = {}
-        if scorer in ("clip", "both"):
-            size = self.clip.config.image_size_px
-            fitted = image_B3HW
-            if image_B3HW.shape[-1] != size:
-                fitted = F.interpolate(image_B3HW, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-            scores["clip"] = clip_scores(self.clip, fitted, texts)
-        if scorer in ("caption", "both"):
-            scores["caption"] = caption_scores(self.gpt, ids_BHW, texts)
-        return scores
+        scores: dict[str, list[Tensor]] = {}
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            if scorer in ("clip", "both"):
+                size, image = self.clip.config.image_size_px, image_B3HW[rows]
+                if image.shape[-1] != size:
+                    image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+                scores.setdefault("clip", []).append(clip_scores(self.clip, image, texts[rows]))
+            if scorer in ("caption", "both"):
+                scores.setdefault("caption", []).append(caption_scores(self.gpt, ids_BHW[rows], texts[rows]))
+        return {name: torch.cat(parts) for name, parts in scores.items()}
