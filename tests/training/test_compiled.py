@@ -1,0 +1,36 @@
+import copy
+import shutil
+
+import pytest
+import torch
+
+from vqt2i.gpt import LossWeights, gpt_loss
+from vqt2i.text import pad_texts
+from vqt2i.training.compiled import compile_for_training
+
+
+def test_a_compiled_step_gives_the_loss_and_gradients_of_a_plain_one(make_gpt):
+    assert shutil.which("g++") or shutil.which("clang++"), "torch.compile needs a C++ compiler: apt install g++"
+    plain = make_gpt().train()
+    compiled = copy.deepcopy(plain)
+    compile_for_training(compiled)
+    layout = plain.layout
+    text = pad_texts([[1, 2], [3]], layout.config.text_length)
+    image_BI = torch.randint(layout.config.n_image_ids, (2, layout.image_length), generator=torch.Generator())
+    losses = []
+    for gpt in (plain, compiled):
+        loss = gpt_loss(gpt, text, image_BI, 1, LossWeights())
+        loss.total.backward()
+        losses.append(loss)
+    for name in losses[0]._fields:
+        torch.testing.assert_close(getattr(losses[1], name), getattr(losses[0], name))
+    for (name, expected), actual in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, msg=name)
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(make_gpt, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpt = make_gpt()
+    compile_for_training(gpt)
+    assert gpt._compiled_call_impl is None
