@@ -130,6 +130,14 @@ def test_a_finished_run_can_be_made_longer(train) -> None:
     assert read_card(folder / "model")["steps"] == 10
 
 
+def test_the_card_of_a_resumed_run_tells_how_it_came_so_far(train) -> None:
+    train("gpt")
+    longer = train("gpt", "trainer.max_steps=15", resume=True)
+    card = read_card(train("gpt", "trainer.max_steps=20", resume=True) / "model")
+    assert card["steps"] == 20 and longer.name == "gpt"
+    assert [part["steps"] for part in card["resumed_from"]] == [10, 15]
+
+
 def test_resuming_with_another_model_is_an_error_that_names_the_difference(train) -> None:
     train("clip", "trainer.max_steps=2")
     with pytest.raises(ConfigError, match=r"runs/clip.*embedding_width"):

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
-from vqt2i.checkpoint import CONFIG, save_model
+from vqt2i.checkpoint import CONFIG, read_card, save_model
 from vqt2i.config import Config, load_config, save_config
 from vqt2i.data.build import ensure_default_dataset
 from vqt2i.data.shards import DataSet
@@ -162,10 +162,13 @@ def fit(
     precision = fastest_precision(device.type) if config.precision == "auto" else config.precision
     start = time.monotonic()
 
+    # a resumed run's card keeps how it came so far
+    earlier = _card_parts(read_card(folder / "model")) if resume and (folder / "model").is_dir() else []
+
     def export(path: Path, facts: dict[str, Any]) -> None:
         command = " ".join(["python", *sys.argv])
         facts = {**card, "command": command, **facts, "seconds": round(time.monotonic() - start, 1)}
-        save_model(path, module.export_model(), model_config, facts)
+        save_model(path, module.export_model(), model_config, facts | ({"resumed_from": earlier} if earlier else {}))
 
     # Lightning's advertisements and advice that does not apply to us; its real warnings stay
     for logger in ("lightning.pytorch", "lightning.fabric"):
@@ -202,6 +205,10 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     say(f"done in {time.monotonic() - start:.0f} s: {folder / 'model'}")
     return folder
+
+
+def _card_parts(card: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*card.get("resumed_from", []), {key: card[key] for key in ("command", "steps", "seconds")}]
 
 
 def _trained(module: nn.Module) -> list[torch.Tensor]:
