@@ -168,6 +168,7 @@ def fit(
     def export(path: Path, facts: dict[str, Any]) -> None:
         command = " ".join(["python", *sys.argv])
         facts = {**card, "command": command, **facts, "seconds": round(time.monotonic() - start, 1)}
+        facts["config"] = run_config.model_dump(mode="json")  # the command may name a file that changes later
         save_model(path, module.export_model(), model_config, facts | ({"resumed_from": earlier} if earlier else {}))
 
     # Lightning's advertisements and advice that does not apply to us; its real warnings stay
