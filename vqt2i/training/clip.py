@@ -55,6 +55,8 @@ class CLIPModule(L.LightningModule):
         super().__init__()
         self.clip, self.config, self.max_steps = clip, config, max_steps
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._last_loss: Tensor | None = None
+        self._last_n_pairs = 0
 
     def configure_optimizers(self) -> Any:
         optimizer = build_adamw(self.clip, self.config.optimizer)
@@ -68,6 +70,7 @@ class CLIPModule(L.LightningModule):
         text_BE = self.clip.encode_text(*batch.text)
         image_BE, text_BE, ids_BS = (self._gathered(x) for x in (image_BE, text_BE, batch.text.ids_BS))
         out = contrastive_loss(image_BE, text_BE, self.clip.logit_scale, same_captions(ids_BS))
+        self._last_loss, self._last_n_pairs = out.loss.detach(), len(image_BE)
         self.log_dict(
             {"train/loss": out.loss.detach(), "train/accuracy": out.accuracy, "train/scale": self.clip.logit_scale}
         )
@@ -87,7 +90,8 @@ class CLIPModule(L.LightningModule):
             values[f"val/image_to_text_r{k}"] = recall_at(similarity, right, k)
             values[f"val/text_to_image_r{k}"] = recall_at(similarity.T, right, k)
         self.log_dict(values)
-        self._watch_plateau(float(values["val/loss"]), len(image_BE))
+        if self._last_loss is not None:  # the training loss: overfitting raises that of validation above guessing too
+            self._watch_plateau(float(self._last_loss), self._last_n_pairs)
 
     def export_model(self) -> CLIP:
         return self.clip
