@@ -1,10 +1,8 @@
-import random
 
-import numpy as np
 import pytest
 import torch
 
-from vqt2i.runtime import counter, fastest_precision, pick_device, progress, say, seed_everything, stream_seed
+from vqt2i.runtime import counter, fastest_precision, pick_device, progress, say, stream_seed
 
 
 def test_stream_seeds_depend_on_their_parts_alone() -> None:
@@ -13,14 +11,6 @@ def test_stream_seeds_depend_on_their_parts_alone() -> None:
     assert len(seeds) == 6**3
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert stream_seed("a", 12) != stream_seed("a", 1, 2)
-
-
-def test_seeding_repeats_all_three_generators() -> None:
-    def numbers() -> tuple[float, float, float]:
-        seed_everything(7)
-        return random.random(), np.random.rand(), torch.rand(()).item()
-
-    assert numbers() == numbers()
 
 
 def test_progress_yields_every_item_and_tells_the_count(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 from vqt2i.data.images import to_tensor
 from vqt2i.data.sampling import Visit
 from vqt2i.data.shards import DataSet
-from vqt2i.training.batches import ImageSamples, TokenSamples, collate, training_loader, validation_loader
+from vqt2i.training.batches import Collate, ImageSamples, TokenSamples, training_loader, validation_loader
 from vqt2i.training.encode import encode_dataset
 
 
@@ -51,14 +51,14 @@ def test_chances_are_spread_evenly_over_0_to_1(tokens: TokenSamples) -> None:
 def test_a_batch_holds_what_its_samples_hold(images: ImageSamples, tokens: TokenSamples) -> None:
     visits = [Visit(0, 0), Visit(9, 0)]
     samples = [images[visit] for visit in visits]
-    batch = collate(4)(samples)
+    batch = Collate(4)(samples)
     assert torch.equal(batch.image[1], to_tensor(images.split[9].image_HW3)) and batch.image_ids is None
     assert batch.text.ids_BS.shape == (2, 4)
     assert batch.text.ids_BS[0].tolist() == (samples[0].text_ids + [0] * 4)[:4]
     assert batch.chance_B.tolist() == pytest.approx([sample.chance for sample in samples])
-    stored = collate(12)([tokens[visit] for visit in visits])
+    stored = Collate(12)([tokens[visit] for visit in visits])
     assert stored.image is None and stored.image_ids.shape == (2, 4, 4) and stored.image_ids.dtype == torch.long
-    assert collate(None)(samples).text is None
+    assert Collate(None)(samples).text is None
 
 
 def test_images_are_fitted_to_the_size_asked_for(tiny_dataset: DataSet) -> None:

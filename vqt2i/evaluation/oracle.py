@@ -14,8 +14,6 @@ from vqt2i.data.shapes import LANGUAGES, Caption, check, draw_prompts
 from vqt2i.errors import PromptError
 from vqt2i.generation import Sample, SamplingConfig, TextToImage
 
-KINDS = ("single_seen", "single_unseen", "two_seen", "two_unseen", "three")
-
 
 @dataclass(frozen=True)
 class OracleProtocol:

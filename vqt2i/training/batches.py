@@ -3,7 +3,6 @@
 B batch, S longest text
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -81,12 +80,12 @@ def visit_rng(seed: int, visit: Visit) -> np.random.Generator:
     return np.random.default_rng(stream_seed("visit", seed, visit.index, visit.epoch))
 
 
-def collate(text_length: int | None) -> Callable[[list[Sample]], Batch]:
-    """A collate function; texts are truncated to `text_length` ids, or left out for None."""
-    return _Collate(text_length)
+class Collate:
+    """Stacks samples; texts are truncated to `text_length` ids, or left out for None.
 
+    A class and no closure: data loader workers pickle it.
+    """
 
-class _Collate:  # a class and no closure: data loader workers pickle it
     def __init__(self, text_length: int | None) -> None:
         self.text_length = text_length
 
@@ -107,7 +106,7 @@ def training_loader(
     sampler = StepSampler(
         len(source), batch_size, n_steps, seed, first_step=first_step, rank=rank, n_ranks=n_ranks
     )  # fmt: skip
-    return DataLoader(source, batch_sampler=sampler, collate_fn=collate(text_length), num_workers=n_workers)
+    return DataLoader(source, batch_sampler=sampler, collate_fn=Collate(text_length), num_workers=n_workers)
 
 
 def validation_loader(
@@ -120,4 +119,4 @@ def validation_loader(
     n_per_rank = max(min(n_samples, len(source)) // n_ranks, 1)
     visits = [Visit(index % len(source), 0) for index in range(rank, n_per_rank * n_ranks, n_ranks)]
     batches = [visits[i : i + batch_size] for i in range(0, len(visits), batch_size)]
-    return DataLoader(source, batch_sampler=batches, collate_fn=collate(text_length))
+    return DataLoader(source, batch_sampler=batches, collate_fn=Collate(text_length))

@@ -5,7 +5,6 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,6 +215,6 @@ def _trained(module: nn.Module) -> list[torch.Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def stage_card(kind: str, dataset: DataSet, **facts: Callable | str) -> dict[str, Any]:
+def stage_card(kind: str, dataset: DataSet, **facts: Any) -> dict[str, Any]:
     """The start of a model card: what the model is and what it was trained on."""
     return {"kind": kind, "data": {"path": str(dataset.folder), "fingerprint": dataset.fingerprint}, **facts}
