@@ -128,3 +128,23 @@ def test_a_sequence_of_no_rows_is_allowed(make_gpt) -> None:
     gpt = make_gpt()
     none = Sequences(*(t[:0] for t in gpt.layout.join(pad_texts(TEXTS, 5), images(4))))
     assert gpt(none).shape == (0, 14, 32)
+
+
+@torch.no_grad()
+def test_image_ids_that_start_from_codes_are_alike_where_their_codes_are(make_gpt) -> None:
+    gpt = make_gpt("rotary")
+    first = gpt.layout.first_image_id
+    before = {name: weight.clone() for name, weight in gpt.state_dict().items()}
+    codes_KD = torch.randn(6, 3)
+    codes_KD[4] = codes_KD[1]
+    gpt.start_from_codes(codes_KD)
+    for weight in (gpt.embedding.weight, gpt.head.weight):
+        assert torch.equal(weight[first + 4], weight[first + 1])
+        assert not torch.allclose(weight[first + 2], weight[first + 1])
+        assert torch.linalg.matrix_rank(weight[first : first + 6]) == 3
+    # the sizes of the weights stay about what they were, and the text's are untouched
+    for name in ("embedding.weight", "head.weight"):
+        after, rows = gpt.state_dict()[name], slice(first, first + 6)
+        assert 0.5 < after[rows].std() / before[name][rows].std() < 2
+        assert torch.equal(after[:first], before[name][:first])
+        assert torch.equal(after[first + 6 :], before[name][first + 6 :])

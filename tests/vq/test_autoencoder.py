@@ -9,6 +9,8 @@ from vqt2i.vq.metrics import psnr
 
 TINY = ImageTokenizerConfig(channels=(8, 16), quantizer=VQConfig(codebook_size=32, code_dim=4))
 
+PATCH = TINY.model_copy(update={"encoder": "patch"})
+
 
 def make(config: ImageTokenizerConfig = TINY) -> ImageTokenizer:
     torch.manual_seed(0)
@@ -24,6 +26,8 @@ def images(batch: int = 2, height: int = 32, width: int = 32) -> torch.Tensor:
     [
         TINY,
         TINY.model_copy(update={"attention_sizes_px": (8, 16)}),
+        PATCH,
+        PATCH.model_copy(update={"n_res_blocks": 0, "downsample": 8, "channels": (8, 8, 8)}),
         ImageTokenizerConfig(downsample=8, patch_px=1, channels=(4, 4, 8, 8), n_res_blocks=2),
         ImageTokenizerConfig(downsample=4, patch_px=4, channels=(16,), n_res_blocks=0, dropout=0.1),
     ],
@@ -51,6 +55,19 @@ def test_forward_equals_encode_and_decode_in_eval_mode():
     out = model(x)
     assert torch.equal(out.ids_BHW, model.encode(x))
     torch.testing.assert_close(out.reconstruction_B3HW.clamp(-1, 1), model.decode(out.ids_BHW))
+
+
+def test_with_the_patch_encoder_an_id_depends_on_its_own_patch_alone():
+    x = images(1)
+    other = images(2)[1:].clone()
+    other[:, :, 8:12, 20:24] = x[:, :, 8:12, 20:24]
+    same = {encoder: make(TINY.model_copy(update={"encoder": encoder})).eval() for encoder in ("patch", "convolution")}
+    latents = {name: [model.encoder(picture)[0, :, 2, 5] for picture in (x, other)] for name, model in same.items()}
+    torch.testing.assert_close(*latents["patch"])
+    assert not torch.allclose(*latents["convolution"], atol=1e-2)
+    # a picture of one patch, repeated, is a grid of one id, whatever the size
+    ids = same["patch"].encode(x[:, :, :4, :4].repeat(1, 1, 8, 12))
+    assert ids.shape == (1, 8, 12) and (ids == ids[0, 0, 0]).all()
 
 
 def test_ids_of_an_image_do_not_depend_on_its_neighbours():

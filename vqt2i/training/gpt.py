@@ -20,7 +20,7 @@ from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
-from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, n_devices, open_dataset, stage_card
 from vqt2i.training.strategy import DeepSpeedConfig, deepspeed_json, read_deepspeed_json
 from vqt2i.vq import ImageTokenizer
 
@@ -167,12 +167,14 @@ def train_gpt(
     else:
         size = vq.config.image_size_px
         train, validation = (ImageSamples(dataset.split(split), size, tokenizer, seed) for split in splits)
-    module = GPTModule(GPT(gpt_config), vq, config.training, config.trainer.max_steps, config.sampling)
+    gpt = GPT(gpt_config)
+    gpt.start_from_codes(vq.quantizer.codes())
+    module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)
     if config.training.compile:
         compile_for_training(module.gpt)
     ds_json = None
     if deepspeed:
-        per_device = config.trainer.batch_size // config.trainer.devices
+        per_device = config.trainer.batch_size // n_devices(config.trainer)
         ds_json = deepspeed_json(config.deepspeed, per_device) if deepspeed is True else read_deepspeed_json(deepspeed)
     return fit(
         module,

@@ -54,6 +54,30 @@ class Encoder(nn.Module):
         return F.silu(self.norm_out(self.levels(h)))
 
 
+class PatchEncoder(nn.Module):
+    """Features of each cell of the id grid from its own pixels, by residual two-layer perceptrons.
+
+    Norms are over the channels of one cell: over the map, as in `Encoder`, they would tell it of the others.
+    """
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.downsample = config.downsample
+        width = 4 * config.channels[-1]  # one matrix product per layer: cheap beside the decoder's convolutions
+        self.embed = nn.Linear(3 * config.downsample**2, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.RMSNorm(width, eps=1e-6), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(config.n_res_blocks)
+        )
+        self.out = nn.Sequential(nn.RMSNorm(width, eps=1e-6), nn.Linear(width, config.channels[-1]))
+
+    def forward(self, x_B3HW: Tensor) -> Tensor:
+        h_BHWC = self.embed(F.pixel_unshuffle(x_B3HW, self.downsample).movedim(1, -1))
+        for block in self.blocks:
+            h_BHWC = h_BHWC + block(h_BHWC)
+        return self.out(h_BHWC).movedim(-1, 1)
+
+
 class Decoder(nn.Module):
     """The mirror of `Encoder`. `conv_out` is the last layer, which the adaptive adversarial weight looks at."""
 
@@ -84,7 +108,7 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = (PatchEncoder if config.encoder == "patch" else Encoder)(config)
         self.quantizer = build_quantizer(config.quantizer, config.channels[-1])
         self.decoder = Decoder(config)
 

@@ -47,12 +47,15 @@ QuantizerConfig = VQConfig
 
 
 class ImageTokenizerConfig(Config):
-    """Convolutional encoder and decoder around a quantizer.
+    """An encoder and a convolutional decoder around a quantizer.
 
     image_size_px: side of the square training images (other sizes that `downsample` divides work too).
     downsample: image side over id-grid side; a power of two.
-    patch_px: the encoder starts with, and the decoder ends with, patches of this side folded into channels. The
-        resolution above costs most and adds least.
+    encoder: "convolution" sees the surroundings of a cell of the id grid, so that an id can say more of them. With
+        "patch" an id depends on its own downsample x downsample pixels alone: equal patches have equal ids wherever
+        they stand. That makes flat graphics a language that a small GPT learns from far fewer samples.
+    patch_px: the convolutional encoder starts with, and the decoder ends with, patches of this side folded into
+        channels. The resolution above costs most and adds least.
     channels: width at each resolution, finest (image side / patch_px) to coarsest (the id grid).
     n_res_blocks: per resolution, in the encoder and in the decoder.
     attention_sizes_px: feature-map sides, for square images of `image_size_px`, with attention after each ResBlock.
@@ -60,6 +63,7 @@ class ImageTokenizerConfig(Config):
 
     image_size_px: PositiveInt = 32
     downsample: PositiveInt = 4
+    encoder: Literal["convolution", "patch"] = "convolution"
     patch_px: PositiveInt = 2
     channels: tuple[PositiveInt, ...] = (24, 64)
     n_res_blocks: NonNegativeInt = 1
