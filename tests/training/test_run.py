@@ -16,7 +16,7 @@ from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig
 from vqt2i.training.gpt import GPTModule, GPTRunConfig
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at, learning_rate_share
-from vqt2i.training.run import TrainerConfig, n_devices, new_run_folder, newest_run_folder
+from vqt2i.training.run import TrainerConfig, new_run_folder, newest_run_folder
 from vqt2i.training.vqgan import VQGANModule, VQGANRunConfig
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
@@ -190,21 +190,6 @@ def test_trainer_settings_that_do_not_fit_together_are_refused(values: dict, tol
     with pytest.raises(ValueError, match=told):
         TrainerConfig(**values)
     assert TrainerConfig(max_steps=100, validate_every_steps=500).max_steps == 100
-
-
-@pytest.mark.parametrize(
-    ("n_cores", "batch_size", "expected"), [(1, 24, 1), (2, 24, 2), (2, 25, 1), (2, 15, 1), (64, 24, 3), (64, 640, 64)]
-)
-def test_auto_devices_on_a_cpu_are_a_process_per_core_that_has_enough_to_do(
-    monkeypatch, n_cores: int, batch_size: int, expected: int
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(n_cores)))
-    monkeypatch.setattr("vqt2i.training.run.pick_device", lambda: torch.device("cpu"))
-    assert n_devices(TrainerConfig(batch_size=batch_size, devices="auto")) == expected
-
-
-def test_devices_that_are_asked_for_are_taken() -> None:
-    assert n_devices(TrainerConfig(batch_size=24, devices=12)) == 12
 
 
 def test_the_learning_rate_warms_up_linearly_and_falls_along_a_cosine() -> None:

@@ -20,7 +20,7 @@ from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
-from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, n_devices, open_dataset, stage_card
+from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.strategy import DeepSpeedConfig, deepspeed_json, read_deepspeed_json
 from vqt2i.vq import ImageTokenizer
 
@@ -174,7 +174,7 @@ def train_gpt(
         compile_for_training(module.gpt)
     ds_json = None
     if deepspeed:
-        per_device = config.trainer.batch_size // n_devices(config.trainer)
+        per_device = config.trainer.batch_size // config.trainer.devices
         ds_json = deepspeed_json(config.deepspeed, per_device) if deepspeed is True else read_deepspeed_json(deepspeed)
     return fit(
         module,

@@ -1,7 +1,6 @@
 """A training run: its folder, its Trainer, its data. The same for every stage."""
 
 import logging
-import os
 import re
 import sys
 import time
@@ -27,7 +26,6 @@ from vqt2i.training.compiled import EagerValidation
 from vqt2i.training.strategy import build_strategy
 
 DEFAULT_DATASET = Path("data/shapes")
-MIN_PER_CORE = 8
 
 
 class DataConfig(Config):
@@ -41,15 +39,13 @@ class DataConfig(Config):
 class TrainerConfig(Config):
     """batch_size: samples per step over all devices. precision "auto" is whichever is faster here.
 
-    devices: how many GPUs, or processes on a CPU; "auto" is all of them (`n_devices`).
-
     validate_every_steps: also how often a checkpoint, an export and a picture are written.
     """
 
     max_steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
-    devices: PositiveInt | Literal["auto"] = 1
+    devices: PositiveInt = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_clip: float | None = Field(1.0, gt=0)
     validate_every_steps: PositiveInt = 500
@@ -61,26 +57,9 @@ class TrainerConfig(Config):
         if self.validate_every_steps < self.max_steps and self.max_steps % self.validate_every_steps:
             raise ValueError(f"validate_every_steps ({self.validate_every_steps}) must divide max_steps "
                              f"({self.max_steps}), so that the last step is validated and exported")  # fmt: skip
-        if self.devices != "auto" and self.batch_size % self.devices:
+        if self.batch_size % self.devices:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of devices ({self.devices})")
         return self
-
-
-def n_devices(config: TrainerConfig) -> int:
-    """The devices of a run: as many as asked for, or for "auto" all GPUs, or a process per CPU core.
-
-    "auto" takes the largest number that divides the batch, and on a CPU leaves each process at least `MIN_PER_CORE`
-    samples. On CPUs a process per core outruns one process with a thread per core: small matrices share badly.
-    """
-    if config.devices != "auto":
-        return config.devices
-    device = pick_device().type
-    if device == "cpu":
-        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        most = min(n_cores, config.batch_size // MIN_PER_CORE)
-    else:
-        most = torch.cuda.device_count() if device == "cuda" else 1
-    return next(n for n in range(max(most, 1), 0, -1) if config.batch_size % n == 0)
 
 
 def open_dataset(config: DataConfig) -> DataSet:
@@ -180,7 +159,6 @@ def fit(
         save_config(run_config, folder / "config.yaml")
     device = pick_device()
     precision = fastest_precision(device.type) if config.precision == "auto" else config.precision
-    devices = n_devices(config)
     start = time.monotonic()
 
     # a resumed run's card keeps how it came so far
@@ -204,11 +182,11 @@ def fit(
     ):
         warnings.filterwarnings("ignore", message=message)
     say(f"training {name} into {folder}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
-        f"{devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
+        f"{config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
-        devices=devices,
-        strategy=build_strategy(device, devices, deepspeed, find_unused_parameters=find_unused_parameters),
+        devices=config.devices,
+        strategy=build_strategy(device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters),
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.max_steps,
         max_epochs=1,
