@@ -26,6 +26,16 @@ class GPTConfig(Config):
     image_tokenizer: str
 
 
+class SplitHead(nn.Linear):
+    """One matrix, read in slices: rows of the text ids and EOT, rows of the image ids.
+
+    A call of its own and no product with its bare weight: ZeRO 3 brings a module's weights together when it is called.
+    """
+
+    def forward(self, hidden_BLD: Tensor, rows: slice) -> Tensor:
+        return F.linear(hidden_BLD, self.weight[rows])
+
+
 class GPT(nn.Module):
     """`forward` for whole sequences, `prefill` and `step` for decoding with a cache: three paths, equal logits."""
 
@@ -36,8 +46,7 @@ class GPT(nn.Module):
         width = config.transformer.width
         self.embedding = nn.Embedding(self.layout.n_ids, width)
         self.transformer = Transformer(config.transformer)
-        # one matrix, read in two slices: rows of the text ids and EOT, rows of the image ids
-        self.head = nn.Linear(width, self.layout.n_targets, bias=False)
+        self.head = SplitHead(width, self.layout.n_targets, bias=False)
         if config.positions == "rotary":
             # half of the pairs for the text axis, a quarter each for row and column; image grids are short, so their
             # base is too: every pair turns by a useful angle within the grid
@@ -70,11 +79,11 @@ class GPT(nn.Module):
 
     def text_logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the text ids and EOT, (B, L, n_text_ids + 1)."""
-        return F.linear(hidden_BLD, self.head.weight[: self.layout.first_image_id])
+        return self.head(hidden_BLD, slice(None, self.layout.first_image_id))
 
     def image_logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the image ids, (B, L, n_image_ids)."""
-        return F.linear(hidden_BLD, self.head.weight[self.layout.first_image_id :])
+        return self.head(hidden_BLD, slice(self.layout.first_image_id, None))
 
     def prefill(self, prefix: Sequences, length: int) -> tuple[Tensor, KVCache]:
         """Read a prefix (`layout.text_prefix`) into a new cache of `length` positions.

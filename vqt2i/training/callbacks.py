@@ -13,6 +13,7 @@ from PIL import Image
 from vqt2i.data.images import to_uint8
 from vqt2i.files import PARTIAL_PREFIX
 from vqt2i.runtime import say
+from vqt2i.training.strategy import is_sharded, whole_parameters
 
 
 class StepReport(L.Callback):
@@ -72,9 +73,11 @@ class Outputs(L.Callback):
         if trainer.is_global_zero:
             os.replace(partial, path)
             remove_older_checkpoints(self.folder / "checkpoints")
-            metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            self.export(self.folder / "model", {"steps": step, "metrics": metrics})
-            save_picture(self.folder / "samples" / f"step-{step:08d}.png", module, trainer)
+        metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        with whole_parameters(module):
+            if trainer.is_global_zero:
+                self.export(self.folder / "model", {"steps": step, "metrics": metrics})
+        save_picture(self.folder / "samples" / f"step-{step:08d}.png", module, trainer)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -96,9 +99,12 @@ def remove_older_checkpoints(folder: Path) -> None:
 def save_picture(path: Path, module: L.LightningModule, trainer: L.Trainer) -> None:
     """What the module makes of the first validation batch, for stages that make pictures."""
     make = getattr(module, "sample_images", None)
-    if make is None:
+    if make is None or not (trainer.is_global_zero or is_sharded(module)):
         return
     batch = next(iter(trainer.datamodule.val_dataloader()))
-    batch = module.transfer_batch_to_device(batch, module.device, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_uint8(make(batch))).save(path)
+    if is_sharded(module):
+        batch = trainer.strategy.broadcast(batch)  # all ranks draw the same picture, for each holds a part of the model
+    picture = make(module.transfer_batch_to_device(batch, module.device, 0))
+    if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(to_uint8(picture)).save(path)

@@ -1,12 +1,15 @@
 """How a run is spread over processes: one process, DDP, or DeepSpeed ZeRO, on GPUs or CPUs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from pydantic import PositiveInt
+from torch import nn
 
 from vqt2i.config import Config
 from vqt2i.errors import ConfigError
@@ -15,7 +18,7 @@ from vqt2i.errors import ConfigError
 class DeepSpeedConfig(Config):
     """What DeepSpeed's JSON is generated from. zero_stage: 1 shards the optimizer's state, 2 the gradients too."""
 
-    zero_stage: Literal[1, 2] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2
 
 
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):
@@ -31,6 +34,23 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         return torch.device("cpu", 0)  # DeepSpeed asks for the index
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO 3 has dealt the parameters out to the ranks. Using them is then work for all ranks at once."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Within it every rank holds all parameters, for reading, where ZeRO 3 has dealt them out. For all ranks at once."""
+    if is_sharded(module):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+    else:
+        yield
 
 
 def deepspeed_json(config: DeepSpeedConfig, batch_size_per_device: int) -> dict[str, Any]:
