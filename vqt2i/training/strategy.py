@@ -8,17 +8,40 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import nn
 
 from vqt2i.config import Config
 from vqt2i.errors import ConfigError
 
 
+Offload = Literal["cpu", "nvme"]
+
+
 class DeepSpeedConfig(Config):
-    """What DeepSpeed's JSON is generated from. zero_stage: 1 shards the optimizer's state, 2 the gradients too."""
+    """What DeepSpeed's JSON is generated from.
+
+    zero_stage: 0 shards nothing, 1 the optimizer's state, 2 the gradients too, 3 the parameters too.
+    offload_optimizer, offload_parameters: where what is sharded lies between its uses, instead of on the GPU.
+    nvme_path: the folder for what goes to "nvme".
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: Offload | None = None
+    offload_parameters: Offload | None = None
+    nvme_path: Path | None = None
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> "DeepSpeedConfig":
+        least = {"cpu": 1, "nvme": 3}
+        if self.offload_optimizer and self.zero_stage < least[self.offload_optimizer]:
+            raise ValueError(f"offload_optimizer '{self.offload_optimizer}' needs zero_stage "
+                             f"{least[self.offload_optimizer]} or more, found {self.zero_stage}")  # fmt: skip
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, found {self.zero_stage}")
+        if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.nvme_path is not None):
+            raise ValueError("nvme_path: give a folder with offload to 'nvme', and none without")
+        return self
 
 
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):
@@ -60,7 +83,18 @@ def deepspeed_json(config: DeepSpeedConfig, batch_size_per_device: int) -> dict[
         "zero_allow_untested_optimizer": True,
         # our AdamW is PyTorch's; DeepSpeed's CPU Adam would be compiled at first use
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            **{
+                key: {"device": place, "pin_memory": torch.cuda.is_available()}
+                | ({"nvme_path": str(config.nvme_path)} if place == "nvme" else {})
+                for key, place in (
+                    ("offload_optimizer", config.offload_optimizer),
+                    ("offload_param", config.offload_parameters),
+                )
+                if place is not None
+            },
+        },
     }
 
 
