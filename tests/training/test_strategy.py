@@ -15,6 +15,7 @@ from vqt2i.config import load_config
 from vqt2i.errors import ConfigError
 from vqt2i.training.clip import CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
+from vqt2i.training.start import Resume
 from vqt2i.training.strategy import (
     CPUDeepSpeedStrategy,
     DeepSpeedConfig,
@@ -92,20 +93,20 @@ def run_rank(job: dict) -> None:
     torch.set_num_threads(1)
     runs, values = Path(job["runs"]), job["overrides"]
 
-    def gpt(*more: str, resume: bool = False) -> Path:
+    def gpt(*more: str, resume: Resume = "never") -> Path:
         config = load_config(GPTRunConfig, None, [*values["gpt"], *more])
         vq = load_model(config.image_tokenizer, ImageTokenizerConfig, ImageTokenizer)
         return train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=job["deepspeed"])
 
     gpt()
     if not job["deepspeed"]:
-        train_clip(load_config(CLIPRunConfig, None, values["clip"]), runs, resume=False)
+        train_clip(load_config(CLIPRunConfig, None, values["clip"]), runs, resume="never")
         return
     GPTModule.on_train_batch_end = stop_after_three_steps
     with pytest.raises(InterruptedError):
         gpt("name=broken")
     del GPTModule.on_train_batch_end
-    gpt("name=broken", resume=True)
+    gpt("name=broken", resume="auto")
 
 
 def stop_after_three_steps(module: GPTModule, outputs: object, batch: object, batch_index: int) -> None:
