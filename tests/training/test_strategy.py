@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from vqt2i.checkpoint import load_model
 from vqt2i.config import load_config
 from vqt2i.errors import ConfigError
+from vqt2i.training.batches import Batch
 from vqt2i.training.clip import CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
 from vqt2i.training.start import Resume
@@ -47,12 +49,19 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4), name
 
 
-def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not(train, weights, overrides, tmp_path: Path) -> None:
+def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not_and_skips_what_it_skips(
+    train, weights, overrides, monkeypatch, tmp_path: Path
+) -> None:
     runs = launch(tmp_path, overrides, deepspeed=True, devices=1)
     plain = weights(train("gpt", *STEPS, *FAIR))
     assert_close(weights(runs / "gpt"), plain)
     assert (runs / "broken" / "checkpoints" / "step-00000004.ckpt").is_dir()
     assert_close(weights(runs / "broken"), plain)
+    monkeypatch.setattr(GPTModule, "training_step", infinite_in_step_3)
+    skipping = weights(train("gpt", *STEPS, *FAIR, "name=skipping"))
+    assert_close(weights(runs / "skipping"), skipping)
+    assert [path.name for path in (runs / "skipping" / "nonfinite").iterdir()] == ["step-00000003-rank-0.safetensors"]
+    assert any(not torch.allclose(skipping[name], plain[name], rtol=1e-3, atol=1e-4) for name in plain)
 
 
 def test_two_ranks_train_the_weights_of_one_process(train, weights, overrides, tmp_path: Path) -> None:
@@ -107,11 +116,19 @@ def run_rank(job: dict) -> None:
         gpt("name=broken")
     del GPTModule.on_train_batch_end
     gpt("name=broken", resume="auto")
+    GPTModule.training_step = infinite_in_step_3
+    gpt("name=skipping")
 
 
 def stop_after_three_steps(module: GPTModule, outputs: object, batch: object, batch_index: int) -> None:
     if module.global_step == 3:
         raise InterruptedError
+
+
+def infinite_in_step_3(
+    module: GPTModule, batch: Batch, batch_index: int, training_step: Callable[..., Tensor] = GPTModule.training_step
+) -> Tensor:
+    return training_step(module, batch, batch_index) * (float("inf") if module.global_step == 2 else 1.0)
 
 
 if __name__ == "__main__":  # the processes of the tests above

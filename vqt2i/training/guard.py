@@ -55,9 +55,9 @@ class _Watched(NamedTuple):
 class StepGuard(L.Callback):
     """Skips updates from a loss or gradient that is not finite, counts them, saves their batches; notices signals.
 
-    A skipped step leaves weights, optimizer and buffers (codebooks) as they were; the step counter, the schedule and
-    the data move on. DeepSpeed skips by its own check of the gradients. SIGTERM and the first SIGINT set `stopping`
-    once every rank knows; a second SIGINT kills the process at once.
+    A skipped step leaves weights, optimizer and buffers (codebooks) as they were; the step counter, the schedule, the
+    data and a moving average of the weights move on. DeepSpeed skips by its own check of the gradients. SIGTERM and the
+    first SIGINT set `stopping` once every rank knows; a second SIGINT kills the process at once.
     """
 
     def __init__(self, folder: Path, max_nonfinite_steps: int) -> None:
