@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from lightning import LightningModule, Trainer
 from vqt2i.checkpoint import load_model, read_card, save_model
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import load_config
-from vqt2i.errors import ConfigError, DataError
+from vqt2i.data.shards import DataSet, write_dataset
+from vqt2i.errors import CheckpointError, ConfigError, DataError
 from vqt2i.gpt import GPT, GPTConfig
-from vqt2i.training.checkpoints import checkpoints_in
+from vqt2i.training.checkpoints import checkpoints_in, step_of
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig
 from vqt2i.training.gpt import GPTModule, GPTRunConfig
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at, learning_rate_share
@@ -241,3 +243,56 @@ def test_a_newer_image_tokenizer_does_not_take_over_a_resumed_run(train, tiny_vq
     save_model(tmp_path / "newer", tiny_vq, tiny_vq.config, {"kind": "vqgan"})
     with pytest.raises(ConfigError, match=r"runs/gpt was begun as another run: image_tokenizer: fingerprint"):
         train("gpt", f"image_tokenizer={tmp_path / 'newer'}", resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("training.optimizer.learning_rate=0.1", r"training\.optimizer\.learning_rate: 0\.005 before, 0\.1 now"),
+        ("trainer.batch_size=4", r"trainer\.batch_size: 8 before, 4 now"),
+        ("trainer.seed=1", r"trainer\.seed: 0 before, 1 now"),
+        ("trainer.precision=bf16", r"trainer\.precision: fp32 before, bf16 now"),
+        ("data.train_split=val", r"data\.train_split: train before, val now"),
+    ],
+)
+def test_settings_that_make_another_run_are_refused_at_resume_by_name(change: str, told: str, train) -> None:
+    run = train("clip", "trainer.max_steps=1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=rf"clip was begun as another run: {told}\. Resume it with --config"):
+        train("clip", change, resume="auto")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_another_data_set_is_refused_at_resume_and_the_same_one_elsewhere_is_not(
+    train, tiny_dataset: DataSet, tmp_path: Path
+) -> None:
+    run = train("clip", "trainer.max_steps=1")
+    moved = shutil.copytree(tiny_dataset.folder, tmp_path / "moved", ignore=shutil.ignore_patterns("store-*"))
+    assert train("clip", f"data.path={moved}", "trainer.max_steps=2", resume=run) == run
+    pairs = {name: list(tiny_dataset.split(name))[:7] for name in ("train", "val")}
+    other = write_dataset(tmp_path / "other", pairs)
+    with pytest.raises(ConfigError, match=f"data: fingerprint {tiny_dataset.fingerprint[:8]} before, "):
+        train("clip", f"data.path={other.folder}", resume=run)
+
+
+def test_how_far_how_often_and_how_fast_may_change_at_resume(train) -> None:
+    run = train("clip", "trainer.max_steps=1", "trainer.precision=auto")
+    intervals = ["validate_every_steps=2", "checkpoint_every_steps=3", "log_every_steps=2", "keep_last=5"]
+    others = ["max_steps=4", "n_workers=1", "n_validation_samples=3", "max_nonfinite_steps=2", "precision=auto"]
+    values = [f"trainer.{value}" for value in intervals + others]
+    assert train("clip", *values, "name=other", resume=run) == run
+    assert [step_of(path) for path in checkpoints_in(run)] == [1, 3, 4]
+
+
+def test_a_run_without_deepspeed_is_not_gone_on_with_by_deepspeed(train) -> None:
+    run = train("gpt", "trainer.max_steps=1")
+    with pytest.raises(ConfigError, match="another run: without DeepSpeed before, with now"):
+        train("gpt", deepspeed=True, resume=run)
+
+
+def test_a_path_that_holds_no_run_is_an_error(train, tmp_path: Path) -> None:
+    run = train("clip", "trainer.max_steps=1")
+    wrong = {tmp_path / "none": "no such run", run / "model": "no checkpoint in it", run / "run.json": "no such run"}
+    for path, told in wrong.items():
+        with pytest.raises(CheckpointError, match=rf"--resume {path}: {told}; expected a run folder"):
+            train("clip", resume=path)

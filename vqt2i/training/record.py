@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
-import vqt2i
+from vqt2i import __version__
 from vqt2i.config import Config, build_config
 from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.files import write_json
@@ -64,9 +64,9 @@ def describe_start(step: int, devices: int) -> RunStart:
         step=step,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["python", *sys.argv]),
-        git_commit=git_commit(Path(vqt2i.__file__).parents[1]),
+        git_commit=git_commit(Path(__file__).parents[2]),
         devices=devices,
-        versions={"python": platform.python_version(), "vqt2i": vqt2i.__version__, **_library_versions()},
+        versions={"python": platform.python_version(), "vqt2i": __version__, **_library_versions()},
         machine={
             "host": platform.node(),
             "system": platform.platform(),
