@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from vqt2i.checkpoint import load_model
 from vqt2i.config import load_config
 from vqt2i.errors import ConfigError
 from vqt2i.training.batches import Batch
-from vqt2i.training.clip import CLIPRunConfig, train_clip
+from vqt2i.training.clip import CLIPModule, CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import (
@@ -29,6 +31,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 # parts whose mean does not depend on how the rows are dealt out to ranks
 FAIR = ["training.reversed_share=0", "training.loss={text: 0, z: 0}", "training.null_share=0"]
+WAIT = timedelta(minutes=3)
 STEPS = ["trainer.max_steps=4", "trainer.validate_every_steps=2"]
 
 
@@ -64,11 +67,15 @@ def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not_and_skips_wha
     assert any(not torch.allclose(skipping[name], plain[name], rtol=1e-3, atol=1e-4) for name in plain)
 
 
-def test_two_ranks_train_the_weights_of_one_process(train, weights, overrides, tmp_path: Path) -> None:
+def test_two_ranks_train_the_weights_of_one_process_and_go_on_with_the_dropout_of_each(
+    train, weights, overrides, tmp_path: Path
+) -> None:
     runs = launch(tmp_path, overrides, deepspeed=False, devices=2)
-    assert sorted(path.name for path in runs.iterdir()) == ["clip", "gpt"]
+    assert sorted(path.name for path in runs.iterdir()) == ["broken", "clip", "gpt", "whole"]
     assert_close(weights(runs / "gpt"), weights(train("gpt", *STEPS, *FAIR)))
     assert_close(weights(runs / "clip"), weights(train("clip", *STEPS)))
+    whole, broken = weights(runs / "whole"), weights(runs / "broken")
+    assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
 
 
 def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
@@ -79,7 +86,7 @@ def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
     }  # fmt: skip
     for (device, n_devices, stage), kind in kinds.items():
         ds_json = None if stage is None else deepspeed_json(DeepSpeedConfig(), 4)
-        assert type(build_strategy(device, n_devices, ds_json, find_unused_parameters=False)) is kind
+        assert type(build_strategy(device, n_devices, ds_json, find_unused_parameters=False, timeout=WAIT)) is kind
 
 
 def test_deepspeeds_json_is_made_anew_each_time_from_typed_fields() -> None:
@@ -107,9 +114,20 @@ def run_rank(job: dict) -> None:
         vq = load_model(config.image_tokenizer, ImageTokenizerConfig, ImageTokenizer)
         return train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=job["deepspeed"])
 
+    def clip(*more: str, resume: Resume = "never") -> Path:
+        return train_clip(load_config(CLIPRunConfig, None, [*values["clip"], *more]), runs, resume=resume)
+
     gpt()
     if not job["deepspeed"]:
-        train_clip(load_config(CLIPRunConfig, None, values["clip"]), runs, resume="never")
+        clip()
+        dropping = ["vision.dropout=0.5", "text.dropout=0.5"]
+        CLIPModule.on_train_start = draw_otherwise_on_each_rank
+        clip("name=whole", *dropping)
+        CLIPModule.on_train_batch_end = stop_after_three_steps
+        with pytest.raises(InterruptedError):
+            clip("name=broken", *dropping)
+        del CLIPModule.on_train_batch_end
+        clip("name=broken", *dropping, resume="auto")
         return
     GPTModule.on_train_batch_end = stop_after_three_steps
     with pytest.raises(InterruptedError):
@@ -120,7 +138,12 @@ def run_rank(job: dict) -> None:
     gpt("name=skipping")
 
 
-def stop_after_three_steps(module: GPTModule, outputs: object, batch: object, batch_index: int) -> None:
+def draw_otherwise_on_each_rank(module: CLIPModule) -> None:
+    if module.global_step == 0:
+        torch.manual_seed(module.global_rank)
+
+
+def stop_after_three_steps(module: LightningModule, outputs: object, batch: object, batch_index: int) -> None:
     if module.global_step == 3:
         raise InterruptedError
 

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ class TrainerConfig(Config):
     validate_every_steps: also how often a picture is drawn. checkpoint_every_steps: how often a checkpoint and after it
         an export are written; null is with each validation. keep_last: checkpoints that stay, besides the best.
     max_nonfinite_steps: so many in a row whose loss or gradient is not finite end the run; each is skipped.
+    rank_timeout_s: a rank that has waited so long for the others ends; longer than the first one takes for an export.
     """
 
     max_steps: PositiveInt = 1000
@@ -61,6 +63,7 @@ class TrainerConfig(Config):
     keep_last: PositiveInt = 2
     log_every_steps: PositiveInt = 20
     max_nonfinite_steps: PositiveInt = 20
+    rank_timeout_s: PositiveInt = 1800
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TrainerConfig":
@@ -173,10 +176,14 @@ def fit(
         start, export, guard,
         every_steps=config.checkpoint_every_steps, keep_last=config.keep_last, best_by=module.best_by,
     )  # fmt: skip
+    timeout = timedelta(seconds=config.rank_timeout_s)
+    strategy = build_strategy(
+        device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
+    )
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
         devices=config.devices,
-        strategy=build_strategy(device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters),
+        strategy=strategy,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.max_steps,
         max_epochs=1,
@@ -184,7 +191,7 @@ def fit(
         gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
         logger=MetricsLogger(folder),
         callbacks=[StepReport(config.batch_size), RandomStates(), guard, outputs, EagerValidation()],
-        plugins=_plugins(deepspeed),
+        plugins=trainer_plugins(deepspeed),
         log_every_n_steps=config.log_every_steps,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -197,7 +204,8 @@ def fit(
     return outputs.folder
 
 
-def _plugins(deepspeed: dict[str, Any] | None) -> list[Any]:
+def trainer_plugins(deepspeed: dict[str, Any] | None) -> list[Any]:
+    """How checkpoints are written, and that SLURM jobs are not requeued by Lightning."""
     plugins: list[Any] = [] if deepspeed is not None else [CheckpointFile()]  # DeepSpeed writes its own
     if SLURMEnvironment.detect():
         # a signal ends the run with a checkpoint and the exit code STOPPED; Lightning would requeue the job by itself

@@ -1,6 +1,7 @@
 """How a run is spread over processes: one process, DDP, or DeepSpeed ZeRO, on GPUs or CPUs."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +63,16 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 
 def build_strategy(
-    device: torch.device, n_devices: PositiveInt, deepspeed: dict[str, Any] | None, *, find_unused_parameters: bool
-) -> Strategy:
-    """DeepSpeed where its configuration is given, else DDP for several devices, else one process."""
+    device: torch.device, n_devices: PositiveInt, deepspeed: dict[str, Any] | None, *,
+    find_unused_parameters: bool, timeout: timedelta,
+) -> Strategy:  # fmt: skip
+    """DeepSpeed where its configuration is given, else DDP for several devices, else one process.
+
+    timeout: how long a rank waits for the others before it ends with an error.
+    """
     if deepspeed is not None:
-        return (CPUDeepSpeedStrategy if device.type == "cpu" else DeepSpeedStrategy)(config=deepspeed)
+        kind = CPUDeepSpeedStrategy if device.type == "cpu" else DeepSpeedStrategy
+        return kind(config=deepspeed, timeout=timeout)
     if n_devices > 1:
-        return DDPStrategy(find_unused_parameters=find_unused_parameters)
+        return DDPStrategy(find_unused_parameters=find_unused_parameters, timeout=timeout)
     return SingleDeviceStrategy(device=torch.device("cuda", 0) if device.type == "cuda" else device)
