@@ -95,7 +95,7 @@ TRAININGS = pytest.mark.parametrize("verb", ["train_vqgan", "train_gpt", "train_
         (["--set", "data.path=nowhere"], "nowhere: no such folder"),
         (["--set", "data.train_split=x"], "no split 'x'; it has train, val"),
         (["--config", "none.yaml"], "none.yaml: no such file"),
-        (["--resume"], "no run with a checkpoint to resume"),
+        (["--resume", "runs/none"], "--resume runs/none: no such run"),
     ],
 )
 def test_wrong_settings_are_told_and_leave_no_run(

@@ -12,6 +12,7 @@ from vqt2i.config import load_config
 from vqt2i.data.shards import DataSet
 from vqt2i.training.clip import CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTRunConfig, train_gpt
+from vqt2i.training.start import Resume
 from vqt2i.training.vqgan import VQGANRunConfig, train_vqgan
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
@@ -43,10 +44,10 @@ def overrides(tiny_dataset: DataSet, model_folders: Path) -> dict[str, list[str]
 
 @pytest.fixture
 def train(overrides: dict[str, list[str]], tmp_path: Path) -> Callable[..., Path]:
-    """train(stage, *more overrides, resume=False, deepspeed=False): run a stage in tmp_path/runs, return its folder."""
+    """train(stage, *more overrides, resume="never", deepspeed=False): run a stage in tmp_path/runs, give its folder."""
 
     def run(
-        stage: str, *more: str, resume: bool = False, deepspeed: bool | Path = False, runs: Path = tmp_path / "runs"
+        stage: str, *more: str, resume: Resume = "never", deepspeed: bool | Path = False, runs: Path = tmp_path / "runs"
     ) -> Path:
         values = [*overrides[stage], *more]
         if stage == "vqgan":

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ from lightning import LightningModule, Trainer
 from vqt2i.checkpoint import load_model, read_card, save_model
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import load_config
-from vqt2i.errors import ConfigError, DataError
+from vqt2i.data.shards import DataSet, write_dataset
+from vqt2i.errors import CheckpointError, ConfigError, DataError
 from vqt2i.gpt import GPT, GPTConfig
+from vqt2i.training.checkpoints import checkpoints_in, step_of
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig
 from vqt2i.training.gpt import GPTModule, GPTRunConfig
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at, learning_rate_share
-from vqt2i.training.run import TrainerConfig, new_run_folder, newest_run_folder
+from vqt2i.training.run import TrainerConfig
+from vqt2i.training.start import new_run_folder, newest_run_folder
 from vqt2i.training.vqgan import VQGANModule, VQGANRunConfig
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
@@ -49,7 +53,7 @@ def test_a_run_leaves_config_metrics_a_checkpoint_and_a_model_that_loads(stage: 
     assert folder.name == stage
     saved = load_config(run_class, folder / "config.yaml")
     assert saved == load_config(run_class, None, overrides[stage])
-    assert os.listdir(folder / "checkpoints") == ["step-00000010.ckpt"]
+    assert {"step-00000005.ckpt", "step-00000010.ckpt", "best.json"} == set(os.listdir(folder / "checkpoints"))
     model, card = load_model(folder / "model", config_class, model_class), read_card(folder / "model")
     assert card["fingerprint"] == model.fingerprint
     assert card["kind"] == stage and card["steps"] == 10 and card["command"].startswith("python ")
@@ -74,9 +78,9 @@ def test_a_run_that_was_interrupted_and_resumed_ends_with_the_same_weights(
     with monkeypatch.context() as patch, pytest.raises(StopError):
         stop_at(7, STAGES[stage][1], patch)
         train(stage, *more)
-    assert os.listdir(tmp_path / "runs" / stage / "checkpoints") == ["step-00000005.ckpt"]
+    assert [path.name for path in checkpoints_in(tmp_path / "runs" / stage)] == ["step-00000005.ckpt"]
     half = weights(tmp_path / "runs" / stage)
-    folder = train(stage, *more, resume=True)
+    folder = train(stage, *more, resume="auto")
     assert folder == tmp_path / "runs" / stage
     resumed = weights(folder)
     assert resumed.keys() == whole.keys()
@@ -98,7 +102,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(train, weights, mon
     with monkeypatch.context() as patch, pytest.raises(StopError):
         patch.setattr(Trainer, "save_checkpoint", save_half)
         train("clip")
-    resumed = weights(train("clip", resume=True))
+    resumed = weights(train("clip", resume="auto"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
@@ -117,23 +121,25 @@ def test_bf16_trains_too(stage: str, train, weights) -> None:
     assert all(value.isfinite().all() and value.dtype in (torch.float32, torch.int64) for value in state.values())
 
 
-def test_a_finished_run_resumed_stays_as_it_is(train, weights) -> None:
-    folder = train("clip")
+def test_a_finished_run_stays_as_it_is_and_auto_starts_another(train, weights, capsys) -> None:
+    folder = train("clip", "trainer.max_steps=2")
     before = weights(folder)
-    train("clip", resume=True)
+    assert train("clip", "trainer.max_steps=2", resume=folder) == folder
     assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
+    assert train("clip", "trainer.max_steps=2", resume="auto").name == "clip-2"
+    assert "clip is finished (2 steps); starting anew" in capsys.readouterr().err
 
 
 def test_a_finished_run_can_be_made_longer(train) -> None:
     train("clip", "trainer.max_steps=5")
-    folder = train("clip", resume=True)
+    folder = train("clip", resume="auto")
     assert read_card(folder / "model")["steps"] == 10
 
 
 def test_the_card_of_a_resumed_run_tells_how_it_came_so_far(train) -> None:
     train("gpt")
-    longer = train("gpt", "trainer.max_steps=15", resume=True)
-    card = read_card(train("gpt", "trainer.max_steps=20", resume=True) / "model")
+    longer = train("gpt", "trainer.max_steps=15", resume="auto")
+    card = read_card(train("gpt", "trainer.max_steps=20", resume="auto") / "model")
     assert card["steps"] == 20 and longer.name == "gpt"
     assert [part["steps"] for part in card["resumed_from"]] == [10, 15]
 
@@ -141,7 +147,7 @@ def test_the_card_of_a_resumed_run_tells_how_it_came_so_far(train) -> None:
 def test_resuming_with_another_model_is_an_error_that_names_the_difference(train) -> None:
     train("clip", "trainer.max_steps=2")
     with pytest.raises(ConfigError, match=r"runs/clip.*embedding_width"):
-        train("clip", "embedding_width=8", resume=True)
+        train("clip", "embedding_width=8", resume="auto")
 
 
 def test_a_run_never_overwrites_another_and_the_newest_is_resumed(train, tmp_path: Path) -> None:
@@ -163,10 +169,9 @@ def test_runs_of_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     assert newest_run_folder(tmp_path, "gpt-emoji").name == "gpt-emoji"
 
 
-def test_nothing_to_resume_is_an_error(train, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run with a checkpoint to resume"):
-        train("clip", resume=True)
-    assert not (tmp_path / "runs").exists()
+def test_with_nothing_to_resume_auto_starts_anew_and_says_so(train, capsys) -> None:
+    assert train("clip", "trainer.max_steps=1", resume="auto").name == "clip"
+    assert "--resume auto: no run called clip with a checkpoint" in capsys.readouterr().err
 
 
 def test_a_missing_split_and_a_missing_data_set_are_errors_and_leave_no_run(train, tmp_path: Path) -> None:
@@ -236,5 +241,58 @@ def test_a_newer_image_tokenizer_does_not_take_over_a_resumed_run(train, tiny_vq
     with torch.no_grad():
         tiny_vq.decoder.conv_out.bias += 0.01
     save_model(tmp_path / "newer", tiny_vq, tiny_vq.config, {"kind": "vqgan"})
-    with pytest.raises(ConfigError, match=r"runs/gpt: its model has image_tokenizer"):
-        train("gpt", f"image_tokenizer={tmp_path / 'newer'}", resume=True)
+    with pytest.raises(ConfigError, match=r"runs/gpt was begun as another run: image_tokenizer: fingerprint"):
+        train("gpt", f"image_tokenizer={tmp_path / 'newer'}", resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("training.optimizer.learning_rate=0.1", r"training\.optimizer\.learning_rate: 0\.005 before, 0\.1 now"),
+        ("trainer.batch_size=4", r"trainer\.batch_size: 8 before, 4 now"),
+        ("trainer.seed=1", r"trainer\.seed: 0 before, 1 now"),
+        ("trainer.precision=bf16", r"trainer\.precision: fp32 before, bf16 now"),
+        ("data.train_split=val", r"data\.train_split: train before, val now"),
+    ],
+)
+def test_settings_that_make_another_run_are_refused_at_resume_by_name(change: str, told: str, train) -> None:
+    run = train("clip", "trainer.max_steps=1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=rf"clip was begun as another run: {told}\. Resume it with --config"):
+        train("clip", change, resume="auto")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_another_data_set_is_refused_at_resume_and_the_same_one_elsewhere_is_not(
+    train, tiny_dataset: DataSet, tmp_path: Path
+) -> None:
+    run = train("clip", "trainer.max_steps=1")
+    moved = shutil.copytree(tiny_dataset.folder, tmp_path / "moved", ignore=shutil.ignore_patterns("store-*"))
+    assert train("clip", f"data.path={moved}", "trainer.max_steps=2", resume=run) == run
+    pairs = {name: list(tiny_dataset.split(name))[:7] for name in ("train", "val")}
+    other = write_dataset(tmp_path / "other", pairs)
+    with pytest.raises(ConfigError, match=f"data: fingerprint {tiny_dataset.fingerprint[:8]} before, "):
+        train("clip", f"data.path={other.folder}", resume=run)
+
+
+def test_how_far_how_often_and_how_fast_may_change_at_resume(train) -> None:
+    run = train("clip", "trainer.max_steps=1", "trainer.precision=auto")
+    intervals = ["validate_every_steps=2", "checkpoint_every_steps=3", "log_every_steps=2", "keep_last=5"]
+    others = ["max_steps=4", "n_workers=1", "n_validation_samples=3", "max_nonfinite_steps=2", "precision=auto"]
+    values = [f"trainer.{value}" for value in intervals + others]
+    assert train("clip", *values, "name=other", resume=run) == run
+    assert [step_of(path) for path in checkpoints_in(run)] == [1, 3, 4]
+
+
+def test_a_run_without_deepspeed_is_not_gone_on_with_by_deepspeed(train) -> None:
+    run = train("gpt", "trainer.max_steps=1")
+    with pytest.raises(ConfigError, match="another run: without DeepSpeed before, with now"):
+        train("gpt", deepspeed=True, resume=run)
+
+
+def test_a_path_that_holds_no_run_is_an_error(train, tmp_path: Path) -> None:
+    run = train("clip", "trainer.max_steps=1")
+    wrong = {tmp_path / "none": "no such run", run / "model": "no checkpoint in it", run / "run.json": "no such run"}
+    for path, told in wrong.items():
+        with pytest.raises(CheckpointError, match=rf"--resume {path}: {told}; expected a run folder"):
+            train("clip", resume=path)

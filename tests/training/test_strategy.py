@@ -3,18 +3,23 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from vqt2i.checkpoint import load_model
 from vqt2i.config import load_config
 from vqt2i.errors import ConfigError
-from vqt2i.training.clip import CLIPRunConfig, train_clip
+from vqt2i.training.batches import Batch
+from vqt2i.training.clip import CLIPModule, CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
+from vqt2i.training.start import Resume
 from vqt2i.training.strategy import (
     CPUDeepSpeedStrategy,
     DeepSpeedConfig,
@@ -26,6 +31,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 # parts whose mean does not depend on how the rows are dealt out to ranks
 FAIR = ["training.reversed_share=0", "training.loss={text: 0, z: 0}", "training.null_share=0"]
+WAIT = timedelta(minutes=3)
 STEPS = ["trainer.max_steps=4", "trainer.validate_every_steps=2"]
 
 
@@ -46,19 +52,30 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4), name
 
 
-def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not(train, weights, overrides, tmp_path: Path) -> None:
+def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not_and_skips_what_it_skips(
+    train, weights, overrides, monkeypatch, tmp_path: Path
+) -> None:
     runs = launch(tmp_path, overrides, deepspeed=True, devices=1)
     plain = weights(train("gpt", *STEPS, *FAIR))
     assert_close(weights(runs / "gpt"), plain)
     assert (runs / "broken" / "checkpoints" / "step-00000004.ckpt").is_dir()
     assert_close(weights(runs / "broken"), plain)
+    monkeypatch.setattr(GPTModule, "training_step", infinite_in_step_3)
+    skipping = weights(train("gpt", *STEPS, *FAIR, "name=skipping"))
+    assert_close(weights(runs / "skipping"), skipping)
+    assert [path.name for path in (runs / "skipping" / "nonfinite").iterdir()] == ["step-00000003-rank-0.safetensors"]
+    assert any(not torch.allclose(skipping[name], plain[name], rtol=1e-3, atol=1e-4) for name in plain)
 
 
-def test_two_ranks_train_the_weights_of_one_process(train, weights, overrides, tmp_path: Path) -> None:
+def test_two_ranks_train_the_weights_of_one_process_and_go_on_with_the_dropout_of_each(
+    train, weights, overrides, tmp_path: Path
+) -> None:
     runs = launch(tmp_path, overrides, deepspeed=False, devices=2)
-    assert sorted(path.name for path in runs.iterdir()) == ["clip", "gpt"]
+    assert sorted(path.name for path in runs.iterdir()) == ["broken", "clip", "gpt", "whole"]
     assert_close(weights(runs / "gpt"), weights(train("gpt", *STEPS, *FAIR)))
     assert_close(weights(runs / "clip"), weights(train("clip", *STEPS)))
+    whole, broken = weights(runs / "whole"), weights(runs / "broken")
+    assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
 
 
 def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
@@ -69,7 +86,7 @@ def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
     }  # fmt: skip
     for (device, n_devices, stage), kind in kinds.items():
         ds_json = None if stage is None else deepspeed_json(DeepSpeedConfig(), 4)
-        assert type(build_strategy(device, n_devices, ds_json, find_unused_parameters=False)) is kind
+        assert type(build_strategy(device, n_devices, ds_json, find_unused_parameters=False, timeout=WAIT)) is kind
 
 
 def test_deepspeeds_json_is_made_anew_each_time_from_typed_fields() -> None:
@@ -92,25 +109,49 @@ def run_rank(job: dict) -> None:
     torch.set_num_threads(1)
     runs, values = Path(job["runs"]), job["overrides"]
 
-    def gpt(*more: str, resume: bool = False) -> Path:
+    def gpt(*more: str, resume: Resume = "never") -> Path:
         config = load_config(GPTRunConfig, None, [*values["gpt"], *more])
         vq = load_model(config.image_tokenizer, ImageTokenizerConfig, ImageTokenizer)
         return train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=job["deepspeed"])
 
+    def clip(*more: str, resume: Resume = "never") -> Path:
+        return train_clip(load_config(CLIPRunConfig, None, [*values["clip"], *more]), runs, resume=resume)
+
     gpt()
     if not job["deepspeed"]:
-        train_clip(load_config(CLIPRunConfig, None, values["clip"]), runs, resume=False)
+        clip()
+        dropping = ["vision.dropout=0.5", "text.dropout=0.5"]
+        CLIPModule.on_train_start = draw_otherwise_on_each_rank
+        clip("name=whole", *dropping)
+        CLIPModule.on_train_batch_end = stop_after_three_steps
+        with pytest.raises(InterruptedError):
+            clip("name=broken", *dropping)
+        del CLIPModule.on_train_batch_end
+        clip("name=broken", *dropping, resume="auto")
         return
     GPTModule.on_train_batch_end = stop_after_three_steps
     with pytest.raises(InterruptedError):
         gpt("name=broken")
     del GPTModule.on_train_batch_end
-    gpt("name=broken", resume=True)
+    gpt("name=broken", resume="auto")
+    GPTModule.training_step = infinite_in_step_3
+    gpt("name=skipping")
 
 
-def stop_after_three_steps(module: GPTModule, outputs: object, batch: object, batch_index: int) -> None:
+def draw_otherwise_on_each_rank(module: CLIPModule) -> None:
+    if module.global_step == 0:
+        torch.manual_seed(module.global_rank)
+
+
+def stop_after_three_steps(module: LightningModule, outputs: object, batch: object, batch_index: int) -> None:
     if module.global_step == 3:
         raise InterruptedError
+
+
+def infinite_in_step_3(
+    module: GPTModule, batch: Batch, batch_index: int, training_step: Callable[..., Tensor] = GPTModule.training_step
+) -> Tensor:
+    return training_step(module, batch, batch_index) * (float("inf") if module.global_step == 2 else 1.0)
 
 
 if __name__ == "__main__":  # the processes of the tests above

@@ -19,7 +19,14 @@ def add_training_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override one setting, for example trainer.max_steps=100; may be repeated")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
-    parser.add_argument("--resume", action="store_true", help="go on with the newest run of this name")
+    parser.add_argument("--resume", nargs="?", const="auto", default="never", type=_resume, metavar="auto|never|PATH",
+                        help="auto (also without a value): go on with the newest run of this name if it is not "
+                             "finished, else start anew; PATH: with this run folder, or from this checkpoint in one; "
+                             "never (default): start anew")  # fmt: skip
+
+
+def _resume(value: str) -> str | Path:
+    return value if value in ("auto", "never") else Path(value)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,5 @@
 """What a run writes while it trains: progress, pictures, checkpoints, exports."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +7,22 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
 from vqt2i.data.images import to_uint8
-from vqt2i.files import PARTIAL_PREFIX
+from vqt2i.errors import CheckpointError
+from vqt2i.files import write_json
 from vqt2i.runtime import say
+from vqt2i.training.checkpoints import (
+    checkpoint_path,
+    disk_errors,
+    remove_old_checkpoints,
+    remove_partial_files,
+    save_checkpoint,
+)
+from vqt2i.training.guard import StepGuard, Stopped
+from vqt2i.training.start import Start, is_exported
 from vqt2i.training.strategy import is_sharded, whole_parameters
 
 
@@ -46,53 +56,107 @@ class StepReport(L.Callback):
 
 
 class Outputs(L.Callback):
-    """At each validation and at the end: a checkpoint, a picture, and the newest export under `model/`.
+    """Checkpoints, each followed by the newest export under `model/`, and a picture at each validation.
 
-    The checkpoint before it is removed once the new one is whole.
+    Checkpoints are written every `every_steps` steps and at the end (None: with each validation), and where the guard
+    says that the run is to stop. The newest `keep_last` stay, and the one whose validation gave the least `best_by`:
+    `checkpoints/best.json` names it.
     """
 
-    def __init__(self, folder: Path, export: Callable[[Path, dict[str, Any]], None]) -> None:
-        self.folder, self.export = folder, export
+    def __init__(
+        self, start: Start, export: Callable[[Path, dict[str, Any]], None], guard: StepGuard, *,
+        every_steps: int | None, keep_last: int, best_by: str,
+    ) -> None:  # fmt: skip
+        self.start, self.export, self.guard = start, export, guard
+        self.every_steps, self.keep_last, self.best_by = every_steps, keep_last, best_by
+        self.best: tuple[int, float] | None = None  # step and value
+        self._between_steps = False
+
+    @property
+    def folder(self) -> Path:
+        return self.start.folder
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         # each process looked for a free name by itself; the first one's counts
-        self.folder = trainer.strategy.broadcast(self.folder)
+        first = trainer.strategy.broadcast(self.start)
+        if first.checkpoint != self.start.checkpoint:
+            raise CheckpointError(f"rank {trainer.global_rank} would go on from {self.start.checkpoint}, rank 0 from "
+                                  f"{first.checkpoint}: start again")  # fmt: skip
+        self.start = first
+        if trainer.is_global_zero:
+            remove_partial_files(self.folder)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._between_steps:  # Lightning has begun to count the next batch
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts["ready"] = counts["completed"]
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # a run that had come to its end goes on if it is given more steps
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = checkpoint["global_step"] >= trainer.max_steps
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._written = self._begun = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, i: int) -> None:
         step = trainer.global_step
-        path = self.folder / "checkpoints" / f"step-{step:08d}.ckpt"
-        partial = path.with_name(PARTIAL_PREFIX + path.name)
-        trainer.save_checkpoint(partial)  # every rank takes part, and waits for the others
+        if step == self._begun:  # between the batches of one step, or at the very start
+            return
+        self._begun = step
+        due = self.every_steps is not None and step % self.every_steps == 0
+        if (due or self.guard.stopping) and step != self._written:
+            self._between_steps = True
+            self._write(trainer, module, {})
+            self._between_steps = False
+        if self.guard.stopping:
+            trainer.strategy.barrier()  # the first rank has written the export
+            say(f"stopped at step {step:,}; --resume goes on with {self.folder}")
+            raise Stopped
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if self.every_steps is None or step % self.every_steps == 0 or step == trainer.max_steps:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            self._write(trainer, module, metrics)
+        with isolate_rng(), disk_errors(self.folder):
+            save_picture(self.folder / "samples" / f"step-{step:08d}.png", module, trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # the run was killed between its last checkpoint and the export after it
+        if not trainer.strategy.broadcast(is_exported(self.folder, trainer.global_step)):
+            self._export(trainer, module, {})
+
+    def _write(self, trainer: L.Trainer, module: L.LightningModule, metrics: dict[str, float]) -> None:
+        """A checkpoint, then the export. `metrics`: of a validation at this step."""
+        step = trainer.global_step
+        self.guard.settle()
+        for logger in trainer.loggers:
+            logger.save()  # a resumed run keeps the rows before its checkpoint
+        if self.best_by in metrics and (self.best is None or metrics[self.best_by] < self.best[1]):
+            self.best = (step, metrics[self.best_by])
+        save_checkpoint(trainer, checkpoint_path(self.folder, step))
+        self._written = step
         if trainer.is_global_zero:
-            os.replace(partial, path)
-            remove_older_checkpoints(self.folder / "checkpoints")
-        metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        with whole_parameters(module):
+            with disk_errors(self.folder):
+                if self.best is not None:
+                    best = {"checkpoint": checkpoint_path(self.folder, self.best[0]).name, self.best_by: self.best[1]}
+                    write_json(self.folder / "checkpoints" / "best.json", best)
+                remove_old_checkpoints(self.folder, self.keep_last, None if self.best is None else self.best[0])
+        self._export(trainer, module, metrics)
+
+    def _export(self, trainer: L.Trainer, module: L.LightningModule, metrics: dict[str, float]) -> None:
+        rounded = {name: round(value, 6) for name, value in metrics.items()}
+        with whole_parameters(module), disk_errors(self.folder):
             if trainer.is_global_zero:
-                self.export(self.folder / "model", {"steps": step, "metrics": metrics})
-        save_picture(self.folder / "samples" / f"step-{step:08d}.png", module, trainer)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first (DeepSpeed's are folders)."""
-    return sorted(folder.glob("step-*.ckpt"))
-
-
-def remove_older_checkpoints(folder: Path) -> None:
-    import shutil
-
-    for path in checkpoints_in(folder)[:-1]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+                self.export(self.folder / "model", {"steps": trainer.global_step, "metrics": rounded})
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from vqt2i.training.batches import Batch, ImageSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.start import Resume
 
 
 class CLIPTrainingConfig(Config):
@@ -50,6 +51,8 @@ class CLIPRunConfig(Config):
 
 class CLIPModule(L.LightningModule):
     """Joins the scorer and its loss; features are gathered over ranks, so the batch is that of all of them."""
+
+    best_by = "val/loss"  # the checkpoint with the least is kept
 
     def __init__(self, clip: CLIP, config: CLIPTrainingConfig, max_steps: int) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class CLIPModule(L.LightningModule):
         return self.all_gather(x, sync_grads=True).flatten(0, 1) if self.trainer.world_size > 1 else x
 
 
-def train_clip(config: CLIPRunConfig, runs: Path, *, resume: bool) -> Path:
+def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume) -> Path:
     """Train as configured and return the run's folder."""
     dataset = open_dataset(config.data)
     tokenizer = TextTokenizer.load(config.text_tokenizer)

@@ -21,6 +21,7 @@ from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, deepspeed_json, read_deepspeed_json
 from vqt2i.vq import ImageTokenizer
 
@@ -61,6 +62,8 @@ class GPTRunConfig(Config):
 
 class GPTModule(L.LightningModule):
     """Joins the GPT, its loss and a frozen image tokenizer. The tokenizer is no part of the checkpoint."""
+
+    best_by = "val/image"  # the checkpoint with the least is kept
 
     def __init__(
         self, gpt: GPT, vq: ImageTokenizer, config: GPTTrainingConfig, max_steps: int, sampling: SamplingConfig
@@ -140,7 +143,7 @@ def _head(text: TextBatch, n: int) -> tuple[Tensor, list[int]]:
 
 
 def train_gpt(
-    config: GPTRunConfig, vq_folder: Path, vq: ImageTokenizer, runs: Path, *, resume: bool, deepspeed: bool | Path
+    config: GPTRunConfig, vq_folder: Path, vq: ImageTokenizer, runs: Path, *, resume: Resume, deepspeed: bool | Path
 ) -> Path:
     """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)

@@ -1,28 +1,33 @@
 """A training run: its folder, its Trainer, its data. The same for every stage."""
 
 import logging
-import re
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
-from vqt2i.checkpoint import CONFIG, read_card, save_model
-from vqt2i.config import Config, load_config, save_config
+from vqt2i.checkpoint import read_card, save_model
+from vqt2i.config import Config, save_config
 from vqt2i.data.build import ensure_default_dataset
 from vqt2i.data.shards import DataSet
-from vqt2i.errors import ConfigError
 from vqt2i.runtime import fastest_precision, is_first_process, pick_device, say
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
-from vqt2i.training.callbacks import Outputs, StepReport, checkpoints_in
+from vqt2i.training.callbacks import Outputs, StepReport
+from vqt2i.training.checkpoints import CheckpointFile, RandomStates
 from vqt2i.training.compiled import EagerValidation
+from vqt2i.training.guard import StepGuard
+from vqt2i.training.metrics import NAME as METRICS
+from vqt2i.training.metrics import MetricsLogger, keep_metrics_before
+from vqt2i.training.record import RunRecord, describe_start, read_record, write_record
+from vqt2i.training.start import Resume, find_start, require_same_run
 from vqt2i.training.strategy import build_strategy
 
 DEFAULT_DATASET = Path("data/shapes")
@@ -39,7 +44,10 @@ class DataConfig(Config):
 class TrainerConfig(Config):
     """batch_size: samples per step over all devices. precision "auto" is whichever is faster here.
 
-    validate_every_steps: also how often a checkpoint, an export and a picture are written.
+    validate_every_steps: also how often a picture is drawn. checkpoint_every_steps: how often a checkpoint and after it
+        an export are written; null is with each validation. keep_last: checkpoints that stay, besides the best.
+    max_nonfinite_steps: so many in a row whose loss or gradient is not finite end the run; each is skipped.
+    rank_timeout_s: a rank that has waited so long for the others ends; longer than the first one takes for an export.
     """
 
     max_steps: PositiveInt = 1000
@@ -51,6 +59,11 @@ class TrainerConfig(Config):
     validate_every_steps: PositiveInt = 500
     n_validation_samples: PositiveInt = 512
     n_workers: NonNegativeInt = 0
+    checkpoint_every_steps: PositiveInt | None = None
+    keep_last: PositiveInt = 2
+    log_every_steps: PositiveInt = 20
+    max_nonfinite_steps: PositiveInt = 20
+    rank_timeout_s: PositiveInt = 1800
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TrainerConfig":
@@ -94,45 +107,6 @@ class StageData(L.LightningDataModule):
         )  # fmt: skip
 
 
-def new_run_folder(runs: Path, name: str) -> Path:
-    """`runs/NAME`, or `runs/NAME-2`, ... if that is taken: no run overwrites another."""
-    folder, count = runs / name, 1
-    while folder.exists():
-        count += 1
-        folder = runs / f"{name}-{count}"
-    return folder
-
-
-def newest_run_folder(runs: Path, name: str) -> Path:
-    """The newest run called NAME that has a checkpoint.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    called = re.compile(rf"{re.escape(name)}(-\d+)?")  # as `new_run_folder` names them
-    folders = [f for f in runs.glob("*") if called.fullmatch(f.name) and checkpoints_in(f / "checkpoints")]
-    if not folders:
-        raise ConfigError(f"{runs / name}: no run with a checkpoint to resume; start one without --resume")
-    return max(folders, key=lambda f: checkpoints_in(f / "checkpoints")[-1].stat().st_mtime)
-
-
-def require_same_model(run_folder: Path, config: Config) -> None:
-    """Check that a run is resumed as the model that it trains, on ids of the same tokenizers.
-
-    Raises:
-        ConfigError: it is another one; the first difference is named.
-    """
-    path = run_folder / "model" / CONFIG
-    if not path.is_file():  # interrupted before the first export
-        return
-    trained, given = (c.model_dump(mode="json") for c in (load_config(type(config), path), config))
-    for key in given:
-        if trained[key] != given[key]:
-            other = f"its model has {key} {trained[key]}, this one {given[key]}"
-            start = f"--config {run_folder / 'config.yaml'} and the tokenizers it was started with"
-            raise ConfigError(f"{run_folder}: {other}; resume with {start}")
-
-
 def fit(
     module: L.LightningModule,
     data: StageData,
@@ -142,31 +116,44 @@ def fit(
     card: dict[str, Any],
     runs: Path,
     name: str,
-    resume: bool,
+    resume: Resume,
     deepspeed: dict[str, Any] | None = None,
     find_unused_parameters: bool = False,
 ) -> Path:
     """Train to `max_steps` and return the run's folder, whose `model/` holds the export.
 
     Raises:
-        ConfigError: nothing to resume, or a run of another model.
+        ConfigError: what is to be resumed is another run. CheckpointError: it cannot be read, or there is no room.
+        TrainingError: too many steps in a row that are not finite.
+        Stopped: after a signal, with a checkpoint written.
     """
     config = data.config
-    folder = newest_run_folder(runs, name) if resume else new_run_folder(runs, name)
-    if resume:
-        require_same_model(folder, model_config)
-    if is_first_process():
-        save_config(run_config, folder / "config.yaml")
+    start = find_start(runs, name, resume, config.max_steps)
+    folder = start.folder
     device = pick_device()
-    precision = fastest_precision(device.type) if config.precision == "auto" else config.precision
-    start = time.monotonic()
+    fingerprints = {k: v["fingerprint"] for k, v in card.items() if isinstance(v, dict) and "fingerprint" in v}
+    if start.checkpoint is not None:
+        record = read_record(folder)
+        require_same_run(
+            start, record, run_config, fingerprints, deepspeed=deepspeed is not None, devices=config.devices
+        )
+        precision = record.precision  # "auto" is measured, and might come out otherwise now
+    else:
+        precision = fastest_precision(device.type) if config.precision == "auto" else config.precision
+        record = RunRecord(kind=card["kind"], fingerprints=fingerprints, precision=precision, starts=())
+    if is_first_process():
+        begun = describe_start(start.step, config.devices)
+        save_config(run_config, folder / "config.yaml")
+        write_record(folder, record.model_copy(update={"starts": (*record.starts, begun)}))
+        keep_metrics_before(folder / METRICS, start.step)
+    begun_seconds = time.monotonic()
 
     # a resumed run's card keeps how it came so far
-    earlier = _card_parts(read_card(folder / "model")) if resume and (folder / "model").is_dir() else []
+    earlier = _card_parts(read_card(folder / "model")) if start.checkpoint and (folder / "model").is_dir() else []
 
     def export(path: Path, facts: dict[str, Any]) -> None:
         command = " ".join(["python", *sys.argv])
-        facts = {**card, "command": command, **facts, "seconds": round(time.monotonic() - start, 1)}
+        facts = {**card, "command": command, **facts, "seconds": round(time.monotonic() - begun_seconds, 1)}
         facts["config"] = run_config.model_dump(mode="json")  # the command may name a file that changes later
         save_model(path, module.export_model(), model_config, facts | ({"resumed_from": earlier} if earlier else {}))
 
@@ -181,30 +168,49 @@ def fit(
         "You're resuming from a checkpoint that ended before the epoch.*",  # our batches follow from the step alone
     ):
         warnings.filterwarnings("ignore", message=message)
-    say(f"training {name} into {folder}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
+    from_step = f" from step {start.step:,}" if start.checkpoint else ""
+    say(f"training {name} into {folder}{from_step}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
         f"{config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
+    guard = StepGuard(folder, config.max_nonfinite_steps)
+    outputs = Outputs(
+        start, export, guard,
+        every_steps=config.checkpoint_every_steps, keep_last=config.keep_last, best_by=module.best_by,
+    )  # fmt: skip
+    timeout = timedelta(seconds=config.rank_timeout_s)
+    strategy = build_strategy(
+        device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
+    )
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
         devices=config.devices,
-        strategy=build_strategy(device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters),
+        strategy=strategy,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.max_steps,
         max_epochs=1,
         val_check_interval=min(config.validate_every_steps, config.max_steps),
         gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
-        logger=CSVLogger(folder.parent, name=folder.name, version=""),
-        callbacks=[StepReport(config.batch_size), Outputs(folder, export), EagerValidation()],
-        log_every_n_steps=20,
+        logger=MetricsLogger(folder),
+        callbacks=[StepReport(config.batch_size), RandomStates(), guard, outputs, EagerValidation()],
+        plugins=trainer_plugins(deepspeed),
+        log_every_n_steps=config.log_every_steps,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    checkpoint = checkpoints_in(folder / "checkpoints")[-1] if resume else None
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    say(f"done in {time.monotonic() - start:.0f} s: {folder / 'model'}")
-    return folder
+    trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+    say(f"done in {time.monotonic() - begun_seconds:.0f} s: {outputs.folder / 'model'}")
+    return outputs.folder
+
+
+def trainer_plugins(deepspeed: dict[str, Any] | None) -> list[Any]:
+    """How checkpoints are written, and that SLURM jobs are not requeued by Lightning."""
+    plugins: list[Any] = [] if deepspeed is not None else [CheckpointFile()]  # DeepSpeed writes its own
+    if SLURMEnvironment.detect():
+        # a signal ends the run with a checkpoint and the exit code STOPPED; Lightning would requeue the job by itself
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def _card_parts(card: dict[str, Any]) -> list[dict[str, Any]]:

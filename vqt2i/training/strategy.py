@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ from torch import nn
 
 from vqt2i.config import Config
 from vqt2i.errors import ConfigError
-
 
 Offload = Literal["cpu", "nvme"]
 
@@ -66,7 +66,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Within it every rank holds all parameters, for reading, where ZeRO 3 has dealt them out. For all ranks at once."""
+    """Within it every rank holds all parameters that ZeRO 3 has dealt out, to be read. For all ranks at once."""
     if is_sharded(module):
         import deepspeed
 
@@ -116,11 +116,16 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 
 def build_strategy(
-    device: torch.device, n_devices: PositiveInt, deepspeed: dict[str, Any] | None, *, find_unused_parameters: bool
-) -> Strategy:
-    """DeepSpeed where its configuration is given, else DDP for several devices, else one process."""
+    device: torch.device, n_devices: PositiveInt, deepspeed: dict[str, Any] | None, *,
+    find_unused_parameters: bool, timeout: timedelta,
+) -> Strategy:  # fmt: skip
+    """DeepSpeed where its configuration is given, else DDP for several devices, else one process.
+
+    timeout: how long a rank waits for the others before it ends with an error.
+    """
     if deepspeed is not None:
-        return (CPUDeepSpeedStrategy if device.type == "cpu" else DeepSpeedStrategy)(config=deepspeed)
+        kind = CPUDeepSpeedStrategy if device.type == "cpu" else DeepSpeedStrategy
+        return kind(config=deepspeed, timeout=timeout)
     if n_devices > 1:
-        return DDPStrategy(find_unused_parameters=find_unused_parameters)
+        return DDPStrategy(find_unused_parameters=find_unused_parameters, timeout=timeout)
     return SingleDeviceStrategy(device=torch.device("cuda", 0) if device.type == "cuda" else device)

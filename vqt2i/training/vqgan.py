@@ -15,6 +15,7 @@ from vqt2i.config import Config
 from vqt2i.training.batches import Batch, ImageSamples
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.start import Resume
 from vqt2i.vq.autoencoder import ImageTokenizer
 from vqt2i.vq.config import ImageTokenizerConfig
 from vqt2i.vq.discriminator import PatchDiscriminator
@@ -58,6 +59,8 @@ class VQGANModule(L.LightningModule):
     count each batch twice and stop at half of `max_steps`. Under DDP with an adversarial loss, use
     `find_unused_parameters=True`: each of the two backward passes reaches a part of the parameters.
     """
+
+    best_by = "val/loss"  # the checkpoint with the least is kept
 
     def __init__(self, model: ImageTokenizer, config: VQGANTrainingConfig, max_steps: int) -> None:
         super().__init__()
@@ -165,7 +168,7 @@ class VQGANModule(L.LightningModule):
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-def train_vqgan(config: VQGANRunConfig, runs: Path, *, resume: bool) -> Path:
+def train_vqgan(config: VQGANRunConfig, runs: Path, *, resume: Resume) -> Path:
     """Train as configured and return the run's folder."""
     dataset = open_dataset(config.data)
     L.seed_everything(config.trainer.seed, verbose=False)
