@@ -15,7 +15,7 @@ from rich.text import Text
 if TYPE_CHECKING:  # torch takes seconds to import and `--help` must not wait for it
     import torch
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)

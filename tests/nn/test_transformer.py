@@ -77,6 +77,13 @@ def test_rotary_scores_depend_on_differences_of_positions_only() -> None:
         assert (score(other, [3, 1, 4]) - expected).abs() > 1e-3
 
 
+def test_rotary_angles_are_as_exact_under_autocast() -> None:
+    rotary, positions = Rotary((4,), (100.0,)), torch.arange(300)[None, :, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        under = rotary(positions)
+    assert all(torch.equal(*pair) for pair in zip(under, rotary(positions), strict=True))
+
+
 def test_rotary_frequencies_stay_exact_in_a_model_cast_to_bf16() -> None:
     rotary = Rotary((4,), (100.0,))
     cast = Rotary((4,), (100.0,)).bfloat16()

@@ -45,5 +45,5 @@ def test_a_run_that_learns_gives_no_alarm_and_one_that_does_not_gives_one(train,
 
 def test_the_exported_scale_stays_within_its_bounds(train, weights) -> None:
     state = weights(train("clip", "training.optimizer.learning_rate=10", "training.optimizer.warmup_steps=0"))
-    clip_scale = state["log_scale"].clamp(0, torch.tensor(100.0).log()).exp()
+    clip_scale = state["logit_scale.log"].clamp(0, torch.tensor(100.0).log()).exp()
     assert 1 <= clip_scale <= 100

@@ -1,5 +1,6 @@
 """One process, DDP and DeepSpeed train alike: the real engines, on CPU ranks over gloo, in processes of their own."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from vqt2i.training.strategy import (
     CPUDeepSpeedStrategy,
     DeepSpeedConfig,
     build_strategy,
+    choose_deepspeed,
     deepspeed_json,
     read_deepspeed_json,
 )
@@ -33,15 +35,21 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 FAIR = ["training.reversed_share=0", "training.loss={text: 0, z: 0}", "training.null_share=0"]
 WAIT = timedelta(minutes=3)
 STEPS = ["trainer.max_steps=4", "trainer.validate_every_steps=2"]
+ZERO = {f"zero-{stage}": [f"deepspeed.zero_stage={stage}"] for stage in range(4)} | {
+    "zero-3-offloaded": ["deepspeed={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}"],
+    "zero-3-parts": ["deepspeed.zero_stage=3", "trainer.accumulate=2", "training.recompute=true"],
+}
 
 
-def launch(tmp_path: Path, overrides: dict[str, list[str]], deepspeed: bool, devices: int) -> Path:
+def launch(
+    tmp_path: Path, overrides: dict[str, list[str]], deepspeed: bool, devices: int, job: str = "stages"
+) -> Path:
     """Train GPT and scorer in a process of its own, which starts its further ranks; returns their runs folder."""
     runs = tmp_path / "ranks"
     values = {stage: [*overrides[stage], *STEPS, f"trainer.devices={devices}"] for stage in ("gpt", "clip")}
     values["gpt"] += FAIR
-    job = json.dumps({"runs": str(runs), "deepspeed": deepspeed, "overrides": values})
-    subprocess.run([sys.executable, __file__, job], check=True, timeout=180)
+    given = json.dumps({"runs": str(runs), "deepspeed": deepspeed, "overrides": values, "job": job})
+    subprocess.run([sys.executable, __file__, given], check=True, timeout=240)
     return runs
 
 
@@ -76,6 +84,96 @@ def test_two_ranks_train_the_weights_of_one_process_and_go_on_with_the_dropout_o
     assert_close(weights(runs / "clip"), weights(train("clip", *STEPS)))
     whole, broken = weights(runs / "whole"), weights(runs / "broken")
     assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
+
+
+def test_two_ranks_of_every_zero_stage_train_the_weights_of_one_process_and_validate_and_export_them(
+    train, weights, overrides, tmp_path: Path
+) -> None:
+    runs = launch(tmp_path, overrides, deepspeed=True, devices=2, job="zero")
+    plain = train("gpt", *STEPS, *FAIR, "trainer.n_validation_samples=6")
+    for name in ZERO:
+        assert_close(weights(runs / name), weights(plain))
+        assert json.loads((runs / name / "deepspeed.json").read_text())["zero_optimization"]["stage"] == int(name[5])
+        assert len(list((runs / name / "samples").glob("*.png"))) == 2
+        for step, values in validations(plain).items():
+            assert validations(runs / name)[step] == pytest.approx(values, rel=1e-4), (name, step)
+    assert_close(weights(runs / "clip"), weights(train("clip", *STEPS)))
+
+
+def validations(run: Path) -> dict[str, list[float]]:
+    """What a run validated, by step, of the parts whose mean does not depend on how the rows are dealt out."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/image"]]
+    assert len(rows) == 2
+    return {row["step"]: [float(row["val/image"]), float(row["val/image_unconditional"])] for row in rows}
+
+
+def test_a_batch_read_in_parts_trains_as_one_read_at_once_kept_or_recomputed(train, weights) -> None:
+    whole = weights(train("gpt", *STEPS, *FAIR, "name=whole"))
+    assert_close(weights(train("gpt", *STEPS, *FAIR, "name=parts", "trainer.accumulate=4")), whole)
+    assert_close(weights(train("gpt", *STEPS, *FAIR, "name=recomputed", "training.recompute=true")), whole)
+
+
+def test_an_interrupted_run_whose_batches_are_read_in_parts_goes_on_where_it_was(train, weights, monkeypatch) -> None:
+    parts = [*STEPS, "trainer.accumulate=2"]
+    whole = weights(train("gpt", *parts))
+    monkeypatch.setattr(GPTModule, "on_train_batch_end", stop_after_three_steps)
+    with pytest.raises(InterruptedError):
+        train("gpt", *parts, "name=broken")
+    monkeypatch.undo()
+    broken = weights(train("gpt", *parts, "name=broken", resume="auto"))
+    assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "told"),
+    [
+        ("gpt", "trainer.precision=fp16", "fp16 needs a CUDA GPU"),
+        ("vqgan", "trainer.accumulate=2", "accumulate 1"),
+    ],
+)
+def test_settings_that_a_stage_or_the_machine_cannot_follow_are_refused(
+    train, tmp_path: Path, stage: str, setting: str, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        train(stage, *STEPS, setting)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"zero_stage": 0, "offload_optimizer": "cpu"}, "needs zero_stage 1 or more"),
+        ({"zero_stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}, "needs zero_stage 3 or more"),
+        ({"zero_stage": 2, "offload_parameters": "cpu"}, "needs zero_stage 3"),
+        ({"zero_stage": 3, "offload_parameters": "nvme"}, "give a folder"),
+        ({"nvme_path": "x"}, "none without"),
+    ],
+)
+def test_deepspeed_settings_that_do_not_fit_together_are_refused(values: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        DeepSpeedConfig(**values)
+
+
+def test_offload_is_written_into_deepspeeds_json() -> None:
+    config = DeepSpeedConfig(zero_stage=3, offload_optimizer="cpu", offload_parameters="nvme", nvme_path=Path("fast"))
+    zero = deepspeed_json(config, 4)["zero_optimization"]
+    assert zero["offload_optimizer"]["device"] == "cpu" and "nvme_path" not in zero["offload_optimizer"]
+    assert zero["offload_param"]["device"] == "nvme" and zero["offload_param"]["nvme_path"] == "fast"
+
+
+def test_a_users_json_wins_and_may_not_contradict_the_batch_size(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 1}}')
+    chosen = choose_deepspeed(path, DeepSpeedConfig(zero_stage=3), 4)
+    assert chosen == {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 4}
+    assert choose_deepspeed(False, DeepSpeedConfig(), 4) is None
+    path.write_text('{"train_micro_batch_size_per_gpu": 5}')
+    with pytest.raises(ConfigError, match="5, but the settings give 4"):
+        choose_deepspeed(path, DeepSpeedConfig(), 4)
+    path.write_text('{"gradient_accumulation_steps": 2}')
+    with pytest.raises(ConfigError, match=r"set that instead"):
+        choose_deepspeed(path, DeepSpeedConfig(), 4)
 
 
 def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
@@ -115,8 +213,14 @@ def run_rank(job: dict) -> None:
         return train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=job["deepspeed"])
 
     def clip(*more: str, resume: Resume = "never") -> Path:
-        return train_clip(load_config(CLIPRunConfig, None, [*values["clip"], *more]), runs, resume=resume)
+        config = load_config(CLIPRunConfig, None, [*values["clip"], *more])
+        return train_clip(config, runs, resume=resume, deepspeed=job["deepspeed"])
 
+    if job["job"] == "zero":
+        for name, settings in ZERO.items():
+            gpt(f"name={name}", "trainer.n_validation_samples=6", *settings)
+        clip("deepspeed.zero_stage=3")
+        return
     gpt()
     if not job["deepspeed"]:
         clip()

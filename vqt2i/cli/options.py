@@ -43,3 +43,8 @@ def sampling_from(args: argparse.Namespace, defaults: "SamplingConfig") -> "Samp
 
     given = {k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None}
     return build_config(type(defaults), defaults.model_dump() | given, "sampling")
+
+
+def add_deepspeed_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--deepspeed", nargs="?", type=Path, const=True, default=False, metavar="JSON",
+                        help="train with DeepSpeed ZeRO, configured by the settings or by a JSON file")  # fmt: skip

@@ -6,15 +6,17 @@ Ctrl-C finish the step, write a checkpoint and exit with code 75; the same comma
 
 import argparse
 
-from vqt2i.cli.options import add_training_arguments
+from vqt2i.cli.options import add_deepspeed_argument, add_training_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_arguments(parser, "clip")
+    add_deepspeed_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
     from vqt2i.training.clip import CLIPRunConfig, train_clip
 
-    train_clip(load_config(CLIPRunConfig, args.config, args.overrides), args.runs, resume=args.resume)
+    config = load_config(CLIPRunConfig, args.config, args.overrides)
+    train_clip(config, args.runs, resume=args.resume, deepspeed=args.deepspeed)

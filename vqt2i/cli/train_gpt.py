@@ -7,13 +7,12 @@ Ctrl-C finish the step, write a checkpoint and exit with code 75; the same comma
 import argparse
 from pathlib import Path
 
-from vqt2i.cli.options import add_training_arguments
+from vqt2i.cli.options import add_deepspeed_argument, add_training_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_arguments(parser, "gpt")
-    parser.add_argument("--deepspeed", nargs="?", const=True, default=False, metavar="JSON",
-                        help="train with DeepSpeed ZeRO, configured by the settings or by a JSON file")  # fmt: skip
+    add_deepspeed_argument(parser)
     parser.add_argument("--vq", type=Path, metavar="DIR", help="the image tokenizer's model folder (default: that of "
                         "the settings, else the newest in the runs folder, else the shipped one)")  # fmt: skip
 
@@ -25,5 +24,4 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config(GPTRunConfig, args.config, args.overrides)
     folder, vq = find_image_tokenizer(args.vq or config.image_tokenizer, args.runs)
-    deepspeed = args.deepspeed if isinstance(args.deepspeed, bool) else Path(args.deepspeed)
-    train_gpt(config, folder, vq, args.runs, resume=args.resume, deepspeed=deepspeed)
+    train_gpt(config, folder, vq, args.runs, resume=args.resume, deepspeed=args.deepspeed)

@@ -40,6 +40,21 @@ class CLIPConfig(Config):
         return (self.image_size_px // self.patch_size_px) ** 2
 
 
+class LogitScale(nn.Module):
+    """The learned factor of the similarities, at most `MAX_LOGIT_SCALE` (Radford et al. 2021, section 2.5).
+
+    For DeepSpeed: a module that is called, because ZeRO 3 brings weights together when their module is called, and a
+    tensor with a dimension, because others cannot be sent to the ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+
+    def forward(self) -> Tensor:
+        return self.log.clamp(0, math.log(MAX_LOGIT_SCALE)).exp().squeeze(0)
+
+
 class CLIP(nn.Module):
     """Unit-length embeddings of images and texts; their cosine is the score."""
 
@@ -55,13 +70,8 @@ class CLIP(nn.Module):
         self.no_text = nn.Parameter(torch.randn(config.text.width) * 0.02)
         self.text = Transformer(config.text)
         self.text_projection = nn.Linear(config.text.width, config.embedding_width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = LogitScale()
         nn.init.normal_(self.text_embedding.weight, std=0.02)
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The clamped inverse temperature."""
-        return self.log_scale.clamp(0, math.log(MAX_LOGIT_SCALE)).exp()
 
     def encode_image(self, image_B3HW: Tensor) -> Tensor:
         """Images in [-1, 1] of the configured size to unit vectors (B, E)."""

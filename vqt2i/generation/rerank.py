@@ -20,7 +20,7 @@ Scorer = Literal["clip", "caption", "both"]
 def clip_scores(clip: CLIP, image_B3HW: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
     """Cosine of each image (in [-1, 1], of the scorer's size) with its text, (B,)."""
     text = pad_texts([list(t) for t in texts], clip.config.text_length)
-    device = clip.log_scale.device
+    device = clip.no_text.device
     image_BE = clip.encode_image(image_B3HW.to(device))
     return (image_BE * clip.encode_text(*(t.to(device) for t in text))).sum(-1).cpu()
 

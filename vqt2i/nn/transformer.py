@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqt2i.config import Config
 
@@ -88,7 +89,8 @@ class Rotary(nn.Module):
 
     def forward(self, positions_BLA: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, float32 (B, 1, L, H/2) each, for integer positions."""
-        angles = positions_BLA.float() @ self.frequencies_AP
+        with torch.autocast(positions_BLA.device.type, enabled=False):  # it would turn by angles rounded to bf16
+            angles = positions_BLA.float() @ self.frequencies_AP
         return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
 
@@ -159,7 +161,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm; causal or not is the mask's matter."""
+    """Blocks and a final norm; causal or not is the mask's matter.
+
+    recompute: set by training. Blocks keep no activations but their input and compute them again for the backward
+        pass.
+    """
+
+    recompute = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -185,7 +193,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """mask_B1LK: bool, true where a query may look; every query must see at least one key."""
         for block in self.blocks:
-            x_BLD = block(x_BLD, mask_B1LK=mask_B1LK, cos_sin=cos_sin, cache=cache)
+            if self.recompute and self.training:
+                x_BLD = checkpoint(
+                    block, x_BLD, mask_B1LK=mask_B1LK, cos_sin=cos_sin, cache=cache, use_reentrant=False
+                )
+            else:
+                x_BLD = block(x_BLD, mask_B1LK=mask_B1LK, cos_sin=cos_sin, cache=cache)
         if cache is not None:
             cache.n_filled += x_BLD.shape[1]
         return self.norm(x_BLD)

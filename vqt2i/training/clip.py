@@ -19,6 +19,7 @@ from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.start import Resume
+from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
 
 
 class CLIPTrainingConfig(Config):
@@ -47,12 +48,14 @@ class CLIPRunConfig(Config):
     embedding_width: PositiveInt = 128
     training: CLIPTrainingConfig = CLIPTrainingConfig()
     trainer: TrainerConfig = TrainerConfig(batch_size=256)
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
 
 class CLIPModule(L.LightningModule):
     """Joins the scorer and its loss; features are gathered over ranks, so the batch is that of all of them."""
 
     best_by = "val/loss"  # the checkpoint with the least is kept
+    cpu_adam = False  # set where DeepSpeed offloads the optimizer
 
     def __init__(self, clip: CLIP, config: CLIPTrainingConfig, max_steps: int) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class CLIPModule(L.LightningModule):
         self._last_n_pairs = 0
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_adamw(self.clip, self.config.optimizer)
+        optimizer = build_adamw(self.clip, self.config.optimizer, cpu_adam=self.cpu_adam)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_share(self.config.optimizer, step, self.max_steps)
         )
@@ -72,10 +75,10 @@ class CLIPModule(L.LightningModule):
         image_BE = self.clip.encode_image(batch.image)
         text_BE = self.clip.encode_text(*batch.text)
         image_BE, text_BE, ids_BS = (self._gathered(x) for x in (image_BE, text_BE, batch.text.ids_BS))
-        out = contrastive_loss(image_BE, text_BE, self.clip.logit_scale, same_captions(ids_BS))
+        out = contrastive_loss(image_BE, text_BE, self.clip.logit_scale(), same_captions(ids_BS))
         self._last_loss, self._last_n_pairs = out.loss.detach(), len(image_BE)
         self.log_dict(
-            {"train/loss": out.loss.detach(), "train/accuracy": out.accuracy, "train/scale": self.clip.logit_scale}
+            {"train/loss": out.loss.detach(), "train/accuracy": out.accuracy, "train/scale": self.clip.logit_scale()}
         )
         return out.loss
 
@@ -88,7 +91,7 @@ class CLIPModule(L.LightningModule):
         self._seen.clear()
         image_BE, text_BE, ids_BS = (self._gathered(x) for x in (image_BE, text_BE, ids_BS))
         right, similarity = same_captions(ids_BS), image_BE @ text_BE.T
-        values = {"val/loss": contrastive_loss(image_BE, text_BE, self.clip.logit_scale, right).loss}
+        values = {"val/loss": contrastive_loss(image_BE, text_BE, self.clip.logit_scale(), right).loss}
         for k in (1, 5):
             values[f"val/image_to_text_r{k}"] = recall_at(similarity, right, k)
             values[f"val/text_to_image_r{k}"] = recall_at(similarity.T, right, k)
@@ -109,8 +112,8 @@ class CLIPModule(L.LightningModule):
         return self.all_gather(x, sync_grads=True).flatten(0, 1) if self.trainer.world_size > 1 else x
 
 
-def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume) -> Path:
-    """Train as configured and return the run's folder."""
+def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume, deepspeed: bool | Path = False) -> Path:
+    """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)
     tokenizer = TextTokenizer.load(config.text_tokenizer)
     values = {
@@ -131,6 +134,8 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume) -> Path:
     )
     tokenizer_card = {"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint}
     module = CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps)
+    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size)
+    module.cpu_adam = wants_cpu_adam(ds_json)
     if config.training.compile:
         compile_for_training(module.clip.vision, module.clip.text)
     return fit(
@@ -142,4 +147,5 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume) -> Path:
         runs=runs,
         name=config.name,
         resume=resume,
+        deepspeed=ds_json,
     )

@@ -22,20 +22,22 @@ from vqt2i.training.encode import ensure_store
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.start import Resume
-from vqt2i.training.strategy import DeepSpeedConfig, deepspeed_json, read_deepspeed_json
+from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
 from vqt2i.vq import ImageTokenizer
 
 
 class GPTTrainingConfig(Config):
     """reversed_share: of a batch, read image → text. null_share: of the others, text dropped (for guidance).
 
-    compile: the step with torch.compile.
+    recompute: activations of each block in the backward pass instead of keeping them (activation checkpointing, Chen
+        et al. 2016): a third more time for a fraction of the memory. compile: the step with torch.compile.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossWeights = LossWeights()
     reversed_share: float = Field(0.15, ge=0, le=1)
     null_share: float = Field(0.1, ge=0, lt=1)
+    recompute: bool = False
     compile: bool = False
 
 
@@ -64,11 +66,13 @@ class GPTModule(L.LightningModule):
     """Joins the GPT, its loss and a frozen image tokenizer. The tokenizer is no part of the checkpoint."""
 
     best_by = "val/image"  # the checkpoint with the least is kept
+    cpu_adam = False  # set where DeepSpeed offloads the optimizer
 
     def __init__(
         self, gpt: GPT, vq: ImageTokenizer, config: GPTTrainingConfig, max_steps: int, sampling: SamplingConfig
     ) -> None:
         super().__init__()
+        gpt.transformer.recompute = config.recompute
         self.gpt, self.config, self.max_steps, self.sampling = gpt, config, max_steps, sampling
         self._frozen = (vq.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
 
@@ -77,7 +81,7 @@ class GPTModule(L.LightningModule):
         return self._frozen[0].to(self.device)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_adamw(self.gpt, self.config.optimizer)
+        optimizer = build_adamw(self.gpt, self.config.optimizer, cpu_adam=self.cpu_adam)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_share(self.config.optimizer, step, self.max_steps)
         )
@@ -175,10 +179,8 @@ def train_gpt(
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)
     if config.training.compile:
         compile_for_training(module.gpt)
-    ds_json = None
-    if deepspeed:
-        per_device = config.trainer.batch_size // config.trainer.devices
-        ds_json = deepspeed_json(config.deepspeed, per_device) if deepspeed is True else read_deepspeed_json(deepspeed)
+    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size)
+    module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
         module,
         StageData(train, validation, config.trainer, config.text_length),

@@ -20,17 +20,23 @@ class OptimizerConfig(Config):
     final_share: float = Field(0.02, ge=0, le=1)
 
 
-def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that train; weight decay on matrices only (not on norms, biases and embeddings)."""
+def build_adamw(module: nn.Module, config: OptimizerConfig, *, cpu_adam: bool = False) -> torch.optim.Optimizer:
+    """AdamW over the parameters that train; weight decay on matrices only (not on norms, biases and embeddings).
+
+    cpu_adam: DeepSpeed's, for states that are offloaded to the CPU, instead of PyTorch's fused one.
+    """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     kept = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True,
-    )  # fmt: skip
+    groups = [group for group in groups if group["params"]]
+    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    if cpu_adam:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
+    optimizer = torch.optim.AdamW(groups, **settings, fused=True)
     # Lightning clips no gradients that the optimizer would unscale by itself; without fp16 there is nothing to unscale
     optimizer._step_supports_amp_scaling = False
     return optimizer

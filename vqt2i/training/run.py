@@ -18,7 +18,9 @@ from vqt2i.checkpoint import read_card, save_model
 from vqt2i.config import Config, save_config
 from vqt2i.data.build import ensure_default_dataset
 from vqt2i.data.shards import DataSet
-from vqt2i.runtime import fastest_precision, is_first_process, pick_device, say
+from vqt2i.errors import ConfigError
+from vqt2i.files import write_json
+from vqt2i.runtime import Precision, fastest_precision, is_first_process, pick_device, say
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
 from vqt2i.training.callbacks import Outputs, StepReport
 from vqt2i.training.checkpoints import CheckpointFile, RandomStates
@@ -31,6 +33,7 @@ from vqt2i.training.start import Resume, find_start, require_same_run
 from vqt2i.training.strategy import build_strategy
 
 DEFAULT_DATASET = Path("data/shapes")
+LIGHTNING_PRECISION: dict[Precision, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class DataConfig(Config):
@@ -42,8 +45,10 @@ class DataConfig(Config):
 
 
 class TrainerConfig(Config):
-    """batch_size: samples per step over all devices. precision "auto" is whichever is faster here.
+    """batch_size: samples per step over all devices. precision "auto" is fp32 or bf16, whichever is faster here; fp16
+    (loss scaled) is for GPUs without bf16.
 
+    accumulate: parts that a step's batch is read in, one after the other, where it does not fit the memory at once.
     validate_every_steps: also how often a picture is drawn. checkpoint_every_steps: how often a checkpoint and after it
         an export are written; null is with each validation. keep_last: checkpoints that stay, besides the best.
     max_nonfinite_steps: so many in a row whose loss or gradient is not finite end the run; each is skipped.
@@ -52,9 +57,10 @@ class TrainerConfig(Config):
 
     max_steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
+    accumulate: PositiveInt = 1
     seed: NonNegativeInt = 0
     devices: PositiveInt = 1
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_clip: float | None = Field(1.0, gt=0)
     validate_every_steps: PositiveInt = 500
     n_validation_samples: PositiveInt = 512
@@ -70,9 +76,15 @@ class TrainerConfig(Config):
         if self.validate_every_steps < self.max_steps and self.max_steps % self.validate_every_steps:
             raise ValueError(f"validate_every_steps ({self.validate_every_steps}) must divide max_steps "
                              f"({self.max_steps}), so that the last step is validated and exported")  # fmt: skip
-        if self.batch_size % self.devices:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of devices ({self.devices})")
+        if self.batch_size % (self.devices * self.accumulate):
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of devices ({self.devices}) times "
+                             f"accumulate ({self.accumulate})")  # fmt: skip
         return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that one device reads at once."""
+        return self.batch_size // (self.devices * self.accumulate)
 
 
 def open_dataset(config: DataConfig) -> DataSet:
@@ -93,18 +105,31 @@ class StageData(L.LightningDataModule):
         return {"rank": self.trainer.global_rank, "n_ranks": self.trainer.world_size}
 
     def train_dataloader(self) -> Any:
+        parts = self.config.accumulate  # a part is a step of the loader
         return training_loader(
-            self.train, batch_size=self.config.batch_size, n_steps=self.config.max_steps, seed=self.config.seed,
-            first_step=self.trainer.global_step, text_length=self.text_length, n_workers=self.config.n_workers,
-            **self._ranks(),
+            self.train, batch_size=self.config.batch_size // parts, n_steps=self.config.max_steps * parts,
+            first_step=self.trainer.global_step * parts, seed=self.config.seed, text_length=self.text_length,
+            n_workers=self.config.n_workers, **self._ranks(),
         )  # fmt: skip
 
     def val_dataloader(self) -> Any:
-        per_rank = self.config.batch_size // self.trainer.world_size
         return validation_loader(
-            self.validation, batch_size=per_rank, n_samples=self.config.n_validation_samples,
+            self.validation, batch_size=self.config.micro_batch_size, n_samples=self.config.n_validation_samples,
             text_length=self.text_length, **self._ranks(),
         )  # fmt: skip
+
+
+def require_possible(module: L.LightningModule, config: TrainerConfig, device: torch.device) -> None:
+    """Check that the settings suit the stage and the device.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if config.precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"trainer.precision: fp16 needs a CUDA GPU, found {device.type}; take auto, fp32 or bf16")
+    if not module.automatic_optimization and (config.precision == "fp16" or config.accumulate > 1):
+        raise ConfigError(f"trainer: {type(module).__name__} has two optimizers and trains with precision fp32 or bf16 "
+                          f"and accumulate 1; found {config.precision} and {config.accumulate}")  # fmt: skip
 
 
 def fit(
@@ -131,6 +156,7 @@ def fit(
     start = find_start(runs, name, resume, config.max_steps)
     folder = start.folder
     device = pick_device()
+    require_possible(module, config, device)
     fingerprints = {k: v["fingerprint"] for k, v in card.items() if isinstance(v, dict) and "fingerprint" in v}
     if start.checkpoint is not None:
         record = read_record(folder)
@@ -145,6 +171,8 @@ def fit(
         begun = describe_start(start.step, config.devices)
         save_config(run_config, folder / "config.yaml")
         write_record(folder, record.model_copy(update={"starts": (*record.starts, begun)}))
+        if deepspeed is not None:
+            write_json(folder / "deepspeed.json", deepspeed)  # before Lightning completes it
         keep_metrics_before(folder / METRICS, start.step)
     begun_seconds = time.monotonic()
 
@@ -184,10 +212,11 @@ def fit(
         accelerator="cpu" if device.type == "cpu" else "auto",
         devices=config.devices,
         strategy=strategy,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        precision=LIGHTNING_PRECISION[precision],
+        accumulate_grad_batches=config.accumulate,
         max_steps=config.max_steps,
         max_epochs=1,
-        val_check_interval=min(config.validate_every_steps, config.max_steps),
+        val_check_interval=min(config.validate_every_steps, config.max_steps) * config.accumulate,
         gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
         logger=MetricsLogger(folder),
         callbacks=[StepReport(config.batch_size), RandomStates(), guard, outputs, EagerValidation()],

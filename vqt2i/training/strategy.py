@@ -59,6 +59,15 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         return torch.device("cpu", 0)  # DeepSpeed asks for the index
 
 
+def wants_cpu_adam(deepspeed: dict[str, Any] | None) -> bool:
+    """Whether the optimizer's states lie in the CPU's memory and the gradients on a GPU.
+
+    DeepSpeed's CPU Adam (compiled at first use) then updates where the states are.
+    """
+    offloads = deepspeed is not None and "offload_optimizer" in deepspeed.get("zero_optimization", {})
+    return offloads and torch.cuda.is_available()
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether ZeRO 3 has dealt the parameters out to the ranks. Using them is then work for all ranks at once."""
     return any(hasattr(p, "ds_id") for p in module.parameters())
@@ -76,12 +85,32 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def deepspeed_json(config: DeepSpeedConfig, batch_size_per_device: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration. A new dictionary each time: Lightning edits the one it is given."""
+def choose_deepspeed(asked: bool | Path, config: DeepSpeedConfig, micro_batch_size: int) -> dict[str, Any] | None:
+    """DeepSpeed's own configuration: a user's JSON, or for true one from the settings; None where it is not asked for.
+
+    Raises:
+        ConfigError: the user's JSON cannot be read, or says otherwise than the settings.
+    """
+    if asked is False:
+        return None
+    if asked is True:
+        return deepspeed_json(config, micro_batch_size)
+    values = read_deepspeed_json(asked)
+    if "gradient_accumulation_steps" in values:
+        raise ConfigError(f"{asked}: gradient_accumulation_steps follows from trainer.accumulate; set that instead")
+    found = values.setdefault("train_micro_batch_size_per_gpu", micro_batch_size)
+    if found != micro_batch_size:
+        raise ConfigError(f"{asked}: train_micro_batch_size_per_gpu {found}, but the settings give {micro_batch_size} "
+                          "(batch_size / devices / accumulate); leave it out")  # fmt: skip
+    return values
+
+
+def deepspeed_json(config: DeepSpeedConfig, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration from the settings. A new dictionary each time: Lightning edits the one given."""
     return {
-        "train_micro_batch_size_per_gpu": batch_size_per_device,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "zero_allow_untested_optimizer": True,
-        # our AdamW is PyTorch's; DeepSpeed's CPU Adam would be compiled at first use
+        # on CPU ranks offloaded states stay with PyTorch's AdamW: see `wants_cpu_adam`
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": config.zero_stage,
