@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vqt2i.checkpoint import CARD, read_card
-from vqt2i.config import Config, load_config
+from vqt2i.config import Config, load_config, save_config
 from vqt2i.errors import CheckpointError, ConfigError
-from vqt2i.runtime import is_first_process, say
+from vqt2i.runtime import Precision, fastest_precision, is_first_process, say
 from vqt2i.training.checkpoints import checkpoints_in, damage, set_aside, step_of
-from vqt2i.training.record import RunRecord
+from vqt2i.training.metrics import METRICS, keep_metrics_before
+from vqt2i.training.record import RunRecord, describe_start, read_record, write_record
 
 Resume = Literal["auto", "never"] | Path
 
@@ -33,6 +34,35 @@ class Start(NamedTuple):
     @property
     def step(self) -> int:
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+
+def begin_run(
+    runs: Path, name: str, resume: Resume, config: Config, card: dict[str, Any], device_type: str, *, deepspeed: bool
+) -> tuple[Start, Precision]:
+    """Find where the run starts, check that it may, and write config.yaml and run.json into its folder.
+
+    Args:
+        config: of the run, with its `trainer`. card: names the kind and, with fingerprints, what the run is made from.
+
+    Raises:
+        CheckpointError: nothing whole to go on from. ConfigError: what is to be gone on with is another run.
+    """
+    trainer = config.trainer
+    start = find_start(runs, name, resume, trainer.max_steps)
+    fingerprints = {k: v["fingerprint"] for k, v in card.items() if isinstance(v, dict) and "fingerprint" in v}
+    if start.checkpoint is not None:
+        record = read_record(start.folder)
+        require_same_run(start, record, config, fingerprints, deepspeed=deepspeed)
+    else:
+        # "auto" is measured, and might come out otherwise at the next start
+        precision = fastest_precision(device_type) if trainer.precision == "auto" else trainer.precision
+        record = RunRecord(kind=card["kind"], fingerprints=fingerprints, precision=precision, starts=())
+    if is_first_process():
+        begun = describe_start(start.step, trainer.devices)
+        save_config(config, start.folder / "config.yaml")
+        write_record(start.folder, record.model_copy(update={"starts": (*record.starts, begun)}))
+        keep_metrics_before(start.folder / METRICS, start.step)
+    return start, record.precision
 
 
 def find_start(runs: Path, name: str, resume: Resume, max_steps: int) -> Start:
@@ -112,7 +142,7 @@ def _this_checkpoint(checkpoint: Path) -> Path:
 
 
 def require_same_run(
-    start: Start, record: RunRecord, config: Config, fingerprints: dict[str, str], *, deepspeed: bool, devices: int
+    start: Start, record: RunRecord, config: Config, fingerprints: dict[str, str], *, deepspeed: bool
 ) -> None:
     """Check that what is gone on with is the run that was begun.
 
@@ -133,7 +163,7 @@ def require_same_run(
         if record.fingerprints.get(what) != fingerprint:
             before = record.fingerprints.get(what, "none")
             differences.append(f"{what}: fingerprint {before[:8]} before, {fingerprint[:8]} now")
-    by_deepspeed, devices_before = start.checkpoint.is_dir(), record.starts[-1].devices
+    by_deepspeed, devices_before, devices = start.checkpoint.is_dir(), record.starts[-1].devices, config.trainer.devices
     if by_deepspeed != deepspeed:
         now, before = ("with", "without") if deepspeed else ("without", "with")
         differences.append(f"{before} DeepSpeed before, {now} now")
