@@ -1,5 +1,6 @@
 """What a run writes while it trains: progress, pictures, checkpoints, exports."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +133,8 @@ class Outputs(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # the run was killed between its last checkpoint and the export after it
         if trainer.is_global_zero and not is_exported(self.folder, trainer.global_step):
-            self.export(self.folder / "model", {"steps": trainer.global_step, "metrics": {}})
+            with disk_errors(self.folder):
+                self.export(self.folder / "model", {"steps": trainer.global_step, "metrics": {}})
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule, metrics: dict[str, float]) -> None:
         """A checkpoint, then the export. `metrics`: of a validation at this step."""
@@ -140,7 +142,7 @@ class Outputs(L.Callback):
         self.guard.settle()
         for logger in trainer.loggers:
             logger.save()  # a resumed run keeps the rows before its checkpoint
-        if self.best_by in metrics and (self.best is None or metrics[self.best_by] < self.best[1]):
+        if metrics.get(self.best_by, math.inf) < (math.inf if self.best is None else self.best[1]):
             self.best = (step, metrics[self.best_by])
         save_checkpoint(trainer, checkpoint_path(self.folder, step))
         self._written = step

@@ -58,6 +58,9 @@ def begin_run(
         precision = fastest_precision(device_type) if trainer.precision == "auto" else trainer.precision
         record = RunRecord(kind=card["kind"], fingerprints=fingerprints, precision=precision, starts=())
     if is_first_process():
+        for later in checkpoints_in(start.folder):
+            if step_of(later) > start.step:
+                set_aside(later, f"later than step {start.step:,}, which is gone on from")
         begun = describe_start(start.step, trainer.devices)
         save_config(config, start.folder / "config.yaml")
         write_record(start.folder, record.model_copy(update={"starts": (*record.starts, begun)}))
@@ -70,7 +73,7 @@ def find_start(runs: Path, name: str, resume: Resume, max_steps: int) -> Start:
 
     "never": in a new folder. "auto": from the newest checkpoint of the newest run of this name, unless that run has
     come to `max_steps`; else, and that is said, in a new folder. A path: from the newest checkpoint of that run folder,
-    or from that checkpoint. Damaged checkpoints are set aside, and so are those later than the one asked for.
+    or from that checkpoint. Damaged checkpoints that stand in the way of an older one are set aside.
 
     Raises:
         CheckpointError: a path that is no run folder and no checkpoint, one without a whole checkpoint.
@@ -94,7 +97,10 @@ def find_start(runs: Path, name: str, resume: Resume, max_steps: int) -> Start:
             raise CheckpointError(f"{resume}: all its checkpoints are damaged; start anew without --resume")
         return Start(resume, checkpoint)
     if resume.name.startswith("step-") and resume.parent.name == "checkpoints" and resume.exists():
-        return Start(resume.parents[1], _this_checkpoint(resume))
+        problem = damage(resume) if is_first_process() else None
+        if problem is not None:
+            raise CheckpointError(f"{resume}: damaged ({problem}); name another, or the run folder for the newest")
+        return Start(resume.parents[1], resume)
     what = "no checkpoint in it" if resume.is_dir() else "no such run"
     raise CheckpointError(f"--resume {resume}: {what}; expected a run folder, or RUN/checkpoints/step-....ckpt")
 
@@ -128,17 +134,6 @@ def newest_whole_checkpoint(run: Path) -> Path | None:
 def is_exported(run: Path, step: int) -> bool:
     """Whether the run's model is that of this step: a run may be killed between its last checkpoint and its export."""
     return (run / "model" / CARD).is_file() and read_card(run / "model").get("steps") == step
-
-
-def _this_checkpoint(checkpoint: Path) -> Path:
-    if is_first_process():
-        problem = damage(checkpoint)
-        if problem is not None:
-            raise CheckpointError(f"{checkpoint}: damaged ({problem}); name another, or the run folder for the newest")
-    for later in checkpoints_in(checkpoint.parents[1]):
-        if step_of(later) > step_of(checkpoint) and is_first_process():
-            set_aside(later, f"later than {checkpoint.name}, which is gone on from")
-    return checkpoint
 
 
 def require_same_run(
