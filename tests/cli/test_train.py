@@ -1,6 +1,8 @@
 """The trainings, `encode_dataset` and `make_pipeline` from the command line."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from vqt2i.cli import main
 from vqt2i.data.shards import DataSet
 from vqt2i.data.store import TokenStore
 from vqt2i.text import TextTokenizer
+from vqt2i.training.checkpoints import CheckpointFile
 
 RUN = "trainer={max_steps: 2, batch_size: 4, validate_every_steps: 2, n_validation_samples: 4, precision: fp32}"
 TRANSFORMER = "{width: 32, n_layers: 1, n_heads: 2, mlp_width: 48}"
@@ -62,6 +65,27 @@ def test_the_newest_run_is_taken_and_resume_goes_on_with_it(arguments) -> None:
     assert main(["train_gpt", *arguments["train_gpt"], *longer]) == 0
     assert read_card(Path("runs/gpt/model"))["steps"] == 4
     assert sorted(path.name for path in Path("runs").iterdir()) == ["gpt", "vqgan", "vqgan-2"]
+
+
+def test_resume_takes_a_run_a_checkpoint_or_never(arguments) -> None:
+    clip = ["train_clip", *arguments["train_clip"]]
+    for more in ([], ["--resume", "never"], ["--resume", "runs/clip"], ["--resume"]):
+        assert main([*clip, *more]) == 0
+    # the second and the last, which found the newest finished, began new runs
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["clip", "clip-2", "clip-3"]
+    checkpoint = "runs/clip-2/checkpoints/step-00000002.ckpt"
+    assert main([*clip, "--set", "trainer.max_steps=4", "--resume", checkpoint]) == 0
+    assert read_card(Path("runs/clip-2/model"))["steps"] == 4
+
+
+def test_a_full_disk_is_told_without_a_traceback(arguments, fails, monkeypatch) -> None:
+    def save(self, checkpoint, path, storage_options=None) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(CheckpointFile, "save_checkpoint", save)
+    told = fails("train_clip", *arguments["train_clip"])
+    assert "step-00000002.ckpt: cannot be written: [Errno 28] No space left" in told
+    assert list(Path("runs/clip/checkpoints").iterdir()) == []
 
 
 def test_a_tokenizer_is_trained_on_captions_and_lines(arguments) -> None:

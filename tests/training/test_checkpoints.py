@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vqt2i.checkpoint import read_card
-from vqt2i.errors import CheckpointError
+from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.files import PARTIAL_PREFIX
 from vqt2i.training.checkpoints import (
     FILES,
@@ -141,6 +141,9 @@ def test_one_checkpoint_can_be_gone_on_from_and_later_ones_are_set_aside(train, 
     run = train("gpt", "trainer.checkpoint_every_steps=2", "trainer.keep_last=9", "transformer.dropout=0.1")
     whole = weights(run)
     settings = ["trainer.checkpoint_every_steps=4", "trainer.keep_last=9", "transformer.dropout=0.1"]
+    with pytest.raises(ConfigError):  # refused, so nothing is set aside yet
+        train("gpt", *settings, "trainer.seed=1", resume=checkpoint_path(run, 6))
+    assert steps_in(run) == [2, 4, 6, 8, 10]
     assert train("gpt", *settings, resume=checkpoint_path(run, 6)) == run
     assert steps_in(run) == [2, 4, 6, 8, 10]
     assert sorted(path.name for path in (run / "checkpoints").glob("aside-*")) == [

@@ -1,7 +1,9 @@
 """One process, DDP and DeepSpeed train alike: the real engines, on CPU ranks over gloo, in processes of their own."""
 
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from vqt2i.checkpoint import load_model
 from vqt2i.config import load_config
-from vqt2i.errors import ConfigError
+from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.training.batches import Batch
+from vqt2i.training.checkpoints import checkpoint_path, damage
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
 from vqt2i.training.start import Resume
@@ -68,6 +71,8 @@ def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not_and_skips_wha
     assert_close(weights(runs / "gpt"), plain)
     assert (runs / "broken" / "checkpoints" / "step-00000004.ckpt").is_dir()
     assert_close(weights(runs / "broken"), plain)
+    before = checkpoint_path(runs / "full", 2)
+    assert [path for path in before.parent.iterdir() if path.is_dir()] == [before] and damage(before) is None
     monkeypatch.setattr(GPTModule, "training_step", infinite_in_step_3)
     skipping = weights(train("gpt", *STEPS, *FAIR, "name=skipping"))
     assert_close(weights(runs / "skipping"), skipping)
@@ -238,6 +243,11 @@ def run_rank(job: dict) -> None:
         gpt("name=broken")
     del GPTModule.on_train_batch_end
     gpt("name=broken", resume="auto")
+    GPTModule.on_train_batch_end, save = fill_the_disk_after_three_steps, torch.save
+    with pytest.raises(CheckpointError, match="No space left"):
+        gpt("name=full")
+    torch.save = save
+    del GPTModule.on_train_batch_end
     GPTModule.training_step = infinite_in_step_3
     gpt("name=skipping")
 
@@ -250,6 +260,16 @@ def draw_otherwise_on_each_rank(module: CLIPModule) -> None:
 def stop_after_three_steps(module: LightningModule, outputs: object, batch: object, batch_index: int) -> None:
     if module.global_step == 3:
         raise InterruptedError
+
+
+def fill_the_disk_after_three_steps(
+    module: LightningModule, outputs: object, batch: object, batch_index: int
+) -> None:
+    def save(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if module.global_step == 3:
+        torch.save = save
 
 
 def infinite_in_step_3(

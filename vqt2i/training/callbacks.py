@@ -1,5 +1,6 @@
 """What a run writes while it trains: progress, pictures, checkpoints, exports."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -140,7 +141,7 @@ class Outputs(L.Callback):
         self.guard.settle()
         for logger in trainer.loggers:
             logger.save()  # a resumed run keeps the rows before its checkpoint
-        if self.best_by in metrics and (self.best is None or metrics[self.best_by] < self.best[1]):
+        if metrics.get(self.best_by, math.inf) < (math.inf if self.best is None else self.best[1]):
             self.best = (step, metrics[self.best_by])
         save_checkpoint(trainer, checkpoint_path(self.folder, step))
         self._written = step

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vqt2i.files import write_atomic
 
-NAME = ExperimentWriter.NAME_METRICS_FILE
+METRICS = ExperimentWriter.NAME_METRICS_FILE
 
 
 class MetricsLogger(CSVLogger):

@@ -15,21 +15,19 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
 from vqt2i.checkpoint import read_card, save_model
-from vqt2i.config import Config, save_config
+from vqt2i.config import Config
 from vqt2i.data.build import ensure_default_dataset
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import ConfigError
 from vqt2i.files import write_json
-from vqt2i.runtime import Precision, fastest_precision, is_first_process, pick_device, say
+from vqt2i.runtime import Precision, is_first_process, pick_device, say
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
 from vqt2i.training.callbacks import Outputs, StepReport
 from vqt2i.training.checkpoints import CheckpointFile, RandomStates
 from vqt2i.training.compiled import EagerValidation
 from vqt2i.training.guard import StepGuard
-from vqt2i.training.metrics import NAME as METRICS
-from vqt2i.training.metrics import MetricsLogger, keep_metrics_before
-from vqt2i.training.record import RunRecord, describe_start, read_record, write_record
-from vqt2i.training.start import Resume, find_start, require_same_run
+from vqt2i.training.metrics import MetricsLogger
+from vqt2i.training.start import Resume, begin_run
 from vqt2i.training.strategy import build_strategy
 
 DEFAULT_DATASET = Path("data/shapes")
@@ -153,27 +151,12 @@ def fit(
         Stopped: after a signal, with a checkpoint written.
     """
     config = data.config
-    start = find_start(runs, name, resume, config.max_steps)
-    folder = start.folder
     device = pick_device()
     require_possible(module, config, device)
-    fingerprints = {k: v["fingerprint"] for k, v in card.items() if isinstance(v, dict) and "fingerprint" in v}
-    if start.checkpoint is not None:
-        record = read_record(folder)
-        require_same_run(
-            start, record, run_config, fingerprints, deepspeed=deepspeed is not None, devices=config.devices
-        )
-        precision = record.precision  # "auto" is measured, and might come out otherwise now
-    else:
-        precision = fastest_precision(device.type) if config.precision == "auto" else config.precision
-        record = RunRecord(kind=card["kind"], fingerprints=fingerprints, precision=precision, starts=())
-    if is_first_process():
-        begun = describe_start(start.step, config.devices)
-        save_config(run_config, folder / "config.yaml")
-        write_record(folder, record.model_copy(update={"starts": (*record.starts, begun)}))
-        if deepspeed is not None:
-            write_json(folder / "deepspeed.json", deepspeed)  # before Lightning completes it
-        keep_metrics_before(folder / METRICS, start.step)
+    start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed=deepspeed is not None)
+    folder = start.folder
+    if deepspeed is not None and is_first_process():
+        write_json(folder / "deepspeed.json", deepspeed)  # before Lightning completes it
     begun_seconds = time.monotonic()
 
     # a resumed run's card keeps how it came so far

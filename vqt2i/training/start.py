@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vqt2i.checkpoint import CARD, read_card
-from vqt2i.config import Config, load_config
+from vqt2i.config import Config, load_config, save_config
 from vqt2i.errors import CheckpointError, ConfigError
-from vqt2i.runtime import is_first_process, say
+from vqt2i.runtime import Precision, fastest_precision, is_first_process, say
 from vqt2i.training.checkpoints import checkpoints_in, damage, set_aside, step_of
-from vqt2i.training.record import RunRecord
+from vqt2i.training.metrics import METRICS, keep_metrics_before
+from vqt2i.training.record import RunRecord, describe_start, read_record, write_record
 
 Resume = Literal["auto", "never"] | Path
 
@@ -35,12 +36,44 @@ class Start(NamedTuple):
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
 
+def begin_run(
+    runs: Path, name: str, resume: Resume, config: Config, card: dict[str, Any], device_type: str, *, deepspeed: bool
+) -> tuple[Start, Precision]:
+    """Find where the run starts, check that it may, and write config.yaml and run.json into its folder.
+
+    Args:
+        config: of the run, with its `trainer`. card: names the kind and, with fingerprints, what the run is made from.
+
+    Raises:
+        CheckpointError: nothing whole to go on from. ConfigError: what is to be gone on with is another run.
+    """
+    trainer = config.trainer
+    start = find_start(runs, name, resume, trainer.max_steps)
+    fingerprints = {k: v["fingerprint"] for k, v in card.items() if isinstance(v, dict) and "fingerprint" in v}
+    if start.checkpoint is not None:
+        record = read_record(start.folder)
+        require_same_run(start, record, config, fingerprints, deepspeed=deepspeed)
+    else:
+        # "auto" is measured, and might come out otherwise at the next start
+        precision = fastest_precision(device_type) if trainer.precision == "auto" else trainer.precision
+        record = RunRecord(kind=card["kind"], fingerprints=fingerprints, precision=precision, starts=())
+    if is_first_process():
+        for later in checkpoints_in(start.folder):
+            if step_of(later) > start.step:
+                set_aside(later, f"later than step {start.step:,}, which is gone on from")
+        begun = describe_start(start.step, trainer.devices)
+        save_config(config, start.folder / "config.yaml")
+        write_record(start.folder, record.model_copy(update={"starts": (*record.starts, begun)}))
+        keep_metrics_before(start.folder / METRICS, start.step)
+    return start, record.precision
+
+
 def find_start(runs: Path, name: str, resume: Resume, max_steps: int) -> Start:
     """Where a run called NAME starts.
 
     "never": in a new folder. "auto": from the newest checkpoint of the newest run of this name, unless that run has
     come to `max_steps`; else, and that is said, in a new folder. A path: from the newest checkpoint of that run folder,
-    or from that checkpoint. Damaged checkpoints are set aside, and so are those later than the one asked for.
+    or from that checkpoint. Damaged checkpoints that stand in the way of an older one are set aside.
 
     Raises:
         CheckpointError: a path that is no run folder and no checkpoint, one without a whole checkpoint.
@@ -64,7 +97,10 @@ def find_start(runs: Path, name: str, resume: Resume, max_steps: int) -> Start:
             raise CheckpointError(f"{resume}: all its checkpoints are damaged; start anew without --resume")
         return Start(resume, checkpoint)
     if resume.name.startswith("step-") and resume.parent.name == "checkpoints" and resume.exists():
-        return Start(resume.parents[1], _this_checkpoint(resume))
+        problem = damage(resume) if is_first_process() else None
+        if problem is not None:
+            raise CheckpointError(f"{resume}: damaged ({problem}); name another, or the run folder for the newest")
+        return Start(resume.parents[1], resume)
     what = "no checkpoint in it" if resume.is_dir() else "no such run"
     raise CheckpointError(f"--resume {resume}: {what}; expected a run folder, or RUN/checkpoints/step-....ckpt")
 
@@ -100,19 +136,8 @@ def is_exported(run: Path, step: int) -> bool:
     return (run / "model" / CARD).is_file() and read_card(run / "model").get("steps") == step
 
 
-def _this_checkpoint(checkpoint: Path) -> Path:
-    if is_first_process():
-        problem = damage(checkpoint)
-        if problem is not None:
-            raise CheckpointError(f"{checkpoint}: damaged ({problem}); name another, or the run folder for the newest")
-    for later in checkpoints_in(checkpoint.parents[1]):
-        if step_of(later) > step_of(checkpoint) and is_first_process():
-            set_aside(later, f"later than {checkpoint.name}, which is gone on from")
-    return checkpoint
-
-
 def require_same_run(
-    start: Start, record: RunRecord, config: Config, fingerprints: dict[str, str], *, deepspeed: bool, devices: int
+    start: Start, record: RunRecord, config: Config, fingerprints: dict[str, str], *, deepspeed: bool
 ) -> None:
     """Check that what is gone on with is the run that was begun.
 
@@ -133,7 +158,7 @@ def require_same_run(
         if record.fingerprints.get(what) != fingerprint:
             before = record.fingerprints.get(what, "none")
             differences.append(f"{what}: fingerprint {before[:8]} before, {fingerprint[:8]} now")
-    by_deepspeed, devices_before = start.checkpoint.is_dir(), record.starts[-1].devices
+    by_deepspeed, devices_before, devices = start.checkpoint.is_dir(), record.starts[-1].devices, config.trainer.devices
     if by_deepspeed != deepspeed:
         now, before = ("with", "without") if deepspeed else ("without", "with")
         differences.append(f"{before} DeepSpeed before, {now} now")
