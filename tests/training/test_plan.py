@@ -59,17 +59,15 @@ SHAPES = {  # width, layers, heads, MLP, text ids, image ids, text length, grid 
 
 def model_of(shape: str, **changes: object) -> tuple[GPTConfig, int]:
     width, n_layers, n_heads, mlp, n_text, n_image, text_length, grid, batch = SHAPES[shape]
-    transformer = TransformerConfig(
-        width=width, n_layers=n_layers, n_heads=n_heads, mlp_width=mlp,
-        **{k: v for k, v in changes.items() if k in TransformerConfig.model_fields},
-    )  # fmt: skip
+    positions = changes.pop("positions", "rotary")
+    sizes = {"width": width, "n_layers": n_layers, "n_heads": n_heads, "mlp_width": mlp} | changes
     layout = LayoutConfig(
         n_text_ids=n_text, n_image_ids=n_image, text_length=text_length, grid_height=grid, grid_width=grid
     )
-    positions = changes.get("positions", "rotary")
     return GPTConfig(
-        transformer=transformer, layout=layout, positions=positions, text_tokenizer="t", image_tokenizer="i"
-    ), batch
+        transformer=TransformerConfig(**sizes), layout=layout, positions=positions, text_tokenizer="t",
+        image_tokenizer="i",
+    ), batch  # fmt: skip
 
 
 def loss_of(gpt: GPT, batch: int) -> torch.Tensor:
@@ -125,7 +123,7 @@ def kept_bytes(gpt: GPT, batch: int, *, bf16: bool = False) -> int:
 
 def predicted_peak(config: GPTConfig, batch: int, precision: str = "fp32", *, checkpointed: bool = False) -> int:
     setting = Setting(activation_checkpointing=checkpointed)
-    return estimate(config, setting, Hardware(1, 80 * GB), batch_per_gpu=batch, precision=precision).total
+    return estimate(config, setting, Hardware(1, 80 * GB, device="cpu"), batch_per_gpu=batch, precision=precision).total
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -157,8 +155,10 @@ def test_what_a_block_keeps_for_the_backward_pass_is_counted_exactly(changes: di
     one, batch = model_of("base", n_layers=1, **changes)
     two, _ = model_of("base", n_layers=2, **changes)
     by_one_block = kept_bytes(GPT(two), batch, bf16=bf16) - kept_bytes(GPT(one), batch, bf16=bf16)
-    counted = count_activations(one, "bf16" if bf16 else "fp32", autocast=bf16).block
-    assert counted * batch == pytest.approx(by_one_block, rel=0.01)
+    counted = batch * count_activations(one, "bf16" if bf16 else "fp32", autocast=bf16, device="cpu").block
+    if bf16:  # autocast's copies of the weights are kept too, and counted with the model states
+        counted += 2 * sum(p.numel() for p in GPT(one).transformer.blocks.parameters() if p.ndim == 2)
+    assert counted == by_one_block
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -168,7 +168,7 @@ def test_a_published_size_has_its_parameters_within_1_percent(name: str) -> None
 
 
 def test_the_flops_are_those_that_pytorch_counts() -> None:
-    config, batch = model_of("base")
+    config, batch = model_of("base", positions="learned")  # rotary angles are a small product of their own
     with FlopCounterMode(display=False) as counter:
         loss_of(GPT(config), batch).backward()
     # attention's backward pass computes the scores once more: the kernel's business, and no useful work
@@ -184,7 +184,8 @@ def test_model_states_are_deepspeeds_own_estimates(n_gpus: int) -> None:
     config, batch = model_of("wide")
     size, nodes = count_parameters(config), n_gpus // 8
     states = {
-        s: estimate(config, s, Hardware(n_gpus, 80 * GB), batch_per_gpu=batch, precision="bf16").states for s in SETTINGS
+        s: estimate(config, s, Hardware(n_gpus, 80 * GB), batch_per_gpu=batch, precision="bf16").states
+        for s in SETTINGS
     }
     assert states[Setting(2)] == zero2(size.total, 8, nodes, cpu_offload=False)[1]
     assert states[Setting(2, "optimizer")] == zero2(size.total, 8, nodes, cpu_offload=True)[1]
@@ -224,8 +225,10 @@ def test_what_cannot_fit_is_refused_and_what_would_is_named() -> None:
     with pytest.raises(ConfigError, match=r"no ZeRO needs .* GB .* what fits: ZeRO 1") as told:
         require_fits(cogview(), Setting(), hardware, batch_per_gpu=1, precision="bf16")
     assert "4,0" in str(told.value) and "72.0 of its 80.0 GB" in str(told.value)
-    with pytest.raises(ConfigError, match=r"or \d+ samples per device"):
+    with pytest.raises(ConfigError, match=r"fits: \d+ samples per device"):
         require_fits(cogview(), Setting(2), hardware, batch_per_gpu=768, precision="bf16")
+    with pytest.raises(ConfigError, match=r"fits: ZeRO 1 with \d+ samples per device"):
+        require_fits(cogview(), Setting(), hardware, batch_per_gpu=768, precision="bf16")
     with pytest.raises(ConfigError, match="more or larger devices, or a smaller model"):
         require_fits(cogview(), Setting(), Hardware(1, GB), batch_per_gpu=8, precision="bf16")
 
@@ -258,7 +261,7 @@ def test_sizes_that_the_tokenizers_do_not_have_are_refused() -> None:
     sizes = TokenizerSizes(n_text_ids=10, n_image_ids=6, grid_height=2, grid_width=2)
     config = GPTRunConfig(sizes=sizes)
     assert config.model(sizes, "t", "i").layout.text_length == config.text_length
-    with pytest.raises(ConfigError, match="n_text_ids=10.*n_text_ids=11"):
+    with pytest.raises(ConfigError, match=r"n_text_ids=10.*n_text_ids=11"):
         config.model(sizes.model_copy(update={"n_text_ids": 11}), "t", "i")
 
 

@@ -127,4 +127,4 @@ def _print_table(estimates: "list[Estimate]") -> None:
     for e in estimates:
         sizes = [f"{size / GB:,.2f}" for size in (e.states, e.buffers, e.activations, e.total)]
         table.add_row(str(e.setting), *sizes, "yes" if e.fits else "no", f"{e.largest_batch:,}", f"{e.host / GB:,.1f}")
-    Console(width=120, highlight=False).print(table)
+    Console(width=116, highlight=False).print(table)

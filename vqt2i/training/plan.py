@@ -12,8 +12,12 @@ L input positions, D width, N heads, H head width, M width of the MLP
 """
 
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -38,7 +42,7 @@ class Setting:
     def __str__(self) -> str:
         parts = [f"ZeRO {self.zero_stage}" if self.zero_stage else "no ZeRO"]
         parts += {"none": [], "optimizer": ["optimizer offloaded"], "parameters": ["all offloaded"]}[self.offload]
-        return ", ".join(parts + ["activation checkpointing"] * self.activation_checkpointing)
+        return ", ".join(parts + ["checkpointing"] * self.activation_checkpointing)
 
 
 # from the cheapest to the dearest: sharding costs communication (little before stage 3), checkpointing a third more
@@ -58,6 +62,7 @@ class Hardware:
     n_gpus: int
     memory: int
     gpus_per_node: int = 8
+    device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
         if self.n_gpus > self.gpus_per_node and self.n_gpus % self.gpus_per_node:
@@ -114,6 +119,7 @@ class Estimate:
         return self.states + self.buffers + self.activations
 
 
+@cache
 def count_parameters(config: GPTConfig) -> Parameters:
     """Exact counts, without memory for the weights."""
     with torch.device("meta"):
@@ -138,32 +144,35 @@ def _scored(layout: SequenceLayout) -> tuple[tuple[int, int], tuple[int, int]]:
     return (layout.image_length, layout.config.n_image_ids), (layout.config.text_length + 1, layout.eot + 1)
 
 
-def count_activations(config: GPTConfig, precision: Precision, *, autocast: bool) -> Activations:
-    """Bytes kept per sample.
+def count_activations(
+    config: GPTConfig, precision: Precision, *, autocast: bool, device: Literal["cuda", "cpu"]
+) -> Activations:
+    """Bytes kept per sample, without torch.compile (which keeps less).
 
     Args:
         autocast: bf16 products over fp32 weights (without DeepSpeed); else the weights have the precision too.
+        device: PyTorch's kernels for CPUs keep more than those for GPUs (whose share is read from source, unmeasured).
     """
     t, layout = config.transformer, SequenceLayout(config.layout)
     length, width = layout.length - 1, t.width
     c = BF16 if precision == "bf16" else FP32  # of the matrix products
-    r = FP32 if autocast else c  # of the residual stream, and of what the norms return
-    rotary = config.positions == "rotary"
-    norm_of_heads = (2 * width * r if autocast else 0) if t.qk_norm else 0  # fp32 copies of q and k
-
+    r = FP32 if autocast else c  # of the residual stream, and of the norms
+    turned = t.qk_norm or config.positions == "rotary"
     per_position = (
-        2 * width * r                             # inputs of both norms: the residual stream
-        + 2 * width * c                           # outputs of both norms: inputs of qkv and gate_up
-        + 3 * width * c                           # q, k, v
-        + norm_of_heads
-        + (2 * width * c if t.qk_norm or rotary else 0)  # q and k as attention takes them
-        + (2 * t.head_width * c if rotary and c != FP32 else 0)  # cosine and sine in bf16, for q and for k
-        + width * c + FP32 * t.n_heads            # attention's output, and its log-sum-exp
-        + length * c                              # the mask as attention takes it, added to the scores
-        + 4 * t.mlp_width * c                     # gate, up, silu(gate), their product
+        2 * width * r                      # inputs of both norms: the residual stream
+        + 2 * width * c                    # outputs of both norms: inputs of qkv and gate_up
+        + 3 * width * c                    # q, k, v
+        + (2 * width * r if t.qk_norm and autocast else 0)  # q and k in fp32, for their norms
+        + (2 * width * c if turned else 0)  # q and k as attention takes them
+        + length * c                       # the mask as attention takes it, added to the scores
+        + width * c + FP32 * t.n_heads     # attention's output, and its log-sum-exp
+        + 4 * t.mlp_width * c              # gate, up, silu(gate), their product
         + FP32 * (2 + (2 * t.n_heads if t.qk_norm else 0))  # 1 / RMS of each norm
-        + (2 * width if t.dropout else 0)         # masks
+        + (2 * width if t.dropout else 0)  # masks
     )  # fmt: skip
+    if device == "cpu":
+        # no fused norms: what is normalised is kept before it is scaled; attention's output is copied
+        per_position += (4 if t.qk_norm else 2) * width * r + width * c
     scored = _scored(layout)
     n_scored = sum(n for n, _ in scored)
     head = (
@@ -175,7 +184,7 @@ def count_activations(config: GPTConfig, precision: Precision, *, autocast: bool
     return Activations(
         block=length * per_position,
         block_input=length * width * r,
-        block_backward=length * (4 * t.mlp_width * c + 2 * width * r),
+        block_backward=length * (2 * t.mlp_width * c + 2 * width * r),
         head=head,
         forward_peak=FP32 * largest,
         backward_peak=4 * FP32 * largest,
@@ -193,13 +202,16 @@ def estimate(
     states, gradients, host = _model_states(parameters, setting, hardware, precision)
     buffers = _buffers(parameters, setting, precision)
     autocast = setting.zero_stage == 0 and precision == "bf16"
-    kept = count_activations(config, precision, autocast=autocast)
+    kept = count_activations(config, precision, autocast=autocast, device=hardware.device)
     blocks = config.transformer.n_layers * (kept.block_input if setting.activation_checkpointing else kept.block)
+    again = kept.block if setting.activation_checkpointing else 0
     phases = [
-        # Lightning lets the last step's gradients go after the forward pass only
+        # the loss: Lightning lets the last step's gradients go after the forward pass only
         (states, blocks + kept.head + kept.forward_peak),
         (states - gradients, blocks + kept.head + kept.backward_peak),
-        (states - gradients, blocks + kept.block_backward + (kept.block if setting.activation_checkpointing else 0)),
+        # the backward pass through the last block, when no gradients are there yet, and through the first
+        (states - gradients, blocks + again + kept.block_backward),
+        (states - gradients // config.transformer.n_layers, kept.block + kept.block_backward),
     ]
     total = buffers + max(fixed + batch_per_gpu * per_sample for fixed, per_sample in phases)
     largest_batch = min((hardware.usable - buffers - fixed) // per_sample for fixed, per_sample in phases)
@@ -231,6 +243,7 @@ def require_fits(
     ways = [f"{e.setting} ({e.total / GB:,.1f} GB)" for e in others if e.fits][:1]
     if own.largest_batch:
         ways.append(f"{own.largest_batch} samples per device")
+    ways = ways or [f"{e.setting} with {e.largest_batch} samples per device" for e in others if e.largest_batch][:1]
     advice = " or ".join(ways) or "more or larger devices, or a smaller model"
     raise ConfigError(f"{count_parameters(config).total:,} parameters: {needs}, {has}; what fits: {advice} "
                       "(see tools/plan.py)")  # fmt: skip
@@ -248,7 +261,18 @@ def hardware_of(device: torch.device, n_devices: int) -> Hardware:
     """The devices of this machine: CUDA's own memory, or an equal share of the machine's for CPU ranks."""
     if device.type == "cuda":
         return Hardware(n_devices, torch.cuda.get_device_properties(device).total_memory, n_devices)
-    return Hardware(n_devices, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // n_devices, n_devices)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Hardware(n_devices, memory // n_devices, n_devices, "cpu")
+
+
+@contextmanager
+def _importing_deepspeed() -> Iterator[None]:
+    """It is imported where needed only (it takes seconds, and is for Linux), and without a warning where no GPU is."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _model_states(
@@ -261,9 +285,9 @@ def _model_states(
         buckets = gradients if n > 1 else 0  # DDP reduces copies
         copies = BF16 * total if precision == "bf16" else 0  # autocast's
         return 3 * FP32 * total + gradients + buckets + copies, gradients, FP32 * total * per_node
-    # imported late: DeepSpeed takes seconds, and exists for Linux only
-    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+    with _importing_deepspeed():
+        from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+        from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     offloaded = setting.offload != "none"
     host, gpu, largest = estimate_zero3_model_states_mem_needs(
@@ -283,8 +307,8 @@ def _model_states(
 def _buffers(parameters: Parameters, setting: Setting, precision: Precision) -> int:
     if setting.zero_stage == 0:
         return 0
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
+    with _importing_deepspeed():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     defaults = DeepSpeedZeroConfig(stage=setting.zero_stage)
     elements = defaults.reduce_bucket_size * (2 if defaults.overlap_comm else 1)
     if setting.zero_stage == 3:
