@@ -1,5 +1,6 @@
 """Memory, time and cost as planned, held to what is measured where a CPU can."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def loss_of(gpt: GPT, batch: int) -> torch.Tensor:
 
 def measured_peak(config: GPTConfig, batch: int, *, bf16: bool = False, checkpointed: bool = False) -> int:
     """Bytes that PyTorch's allocator had given out at most, over two steps in the order of Lightning's."""
+    gc.collect()  # what other tests left would be let go in between, and counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         gpt = GPT(config)
         if checkpointed:
@@ -92,12 +94,15 @@ def measured_peak(config: GPTConfig, batch: int, *, bf16: bool = False, checkpoi
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    # the allocator's own running total before and after each allocation
+    totals, nodes = [], list(profiler.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.tag.name == "Allocation":
+            after = node.extra_fields.total_allocated
+            totals += [after, after - node.extra_fields.alloc_size]
+    return max(totals) - min(totals)
 
 
 def _checkpointed(forward):
@@ -121,32 +126,21 @@ def kept_bytes(gpt: GPT, batch: int, *, bf16: bool = False) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def predicted_peak(config: GPTConfig, batch: int, precision: str = "fp32", *, checkpointed: bool = False) -> int:
-    setting = Setting(activation_checkpointing=checkpointed)
-    return estimate(config, setting, Hardware(1, 80 * GB, device="cpu"), batch_per_gpu=batch, precision=precision).total
-
-
+@pytest.mark.parametrize(("bf16", "checkpointed"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_planned_peak_of_a_step_is_within_15_percent_of_the_measured(shape: str) -> None:
+def test_the_planned_peak_of_a_step_is_within_15_percent_of_the_measured(
+    shape: str, bf16: bool, checkpointed: bool
+) -> None:
     config, batch = model_of(shape)
-    measured, predicted = measured_peak(config, batch), predicted_peak(config, batch)
-    print(f"| {shape} | {count_parameters(config).total:,} | {batch} | {measured / 1e6:.1f} | {predicted / 1e6:.1f} | "
-          f"{predicted / measured - 1:+.1%} |")  # fmt: skip
+    measured = measured_peak(config, batch, bf16=bf16, checkpointed=checkpointed)
+    hardware = Hardware(1, 80 * GB, device="cpu")
+    setting, precision = Setting(activation_checkpointing=checkpointed), "bf16" if bf16 else "fp32"
+    predicted = estimate(config, setting, hardware, batch_per_gpu=batch, precision=precision).total
+    # a row of the table in docs/scale.md
+    step = f"{precision}, checkpointing" if checkpointed else precision
+    print(f"| {shape} | {count_parameters(config).total:,} | {batch} | {step} | {measured / 1e6:.1f} | "
+          f"{predicted / 1e6:.1f} | {predicted / measured - 1:+.1%} |")  # fmt: skip
     assert predicted == pytest.approx(measured, rel=0.15)
-
-
-@pytest.mark.parametrize("shape", ["base", "large vocabulary"])
-def test_so_it_is_under_autocast(shape: str) -> None:
-    config, batch = model_of(shape)
-    assert predicted_peak(config, batch, "bf16") == pytest.approx(measured_peak(config, batch, bf16=True), rel=0.15)
-
-
-@pytest.mark.parametrize("shape", ["base", "deep"])
-def test_so_it_is_with_activation_checkpointing(shape: str) -> None:
-    config, batch = model_of(shape)
-    measured = measured_peak(config, batch, checkpointed=True)
-    assert measured < 0.7 * measured_peak(config, batch)
-    assert predicted_peak(config, batch, checkpointed=True) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

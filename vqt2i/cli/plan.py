@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import dataclasses
+    from datetime import timedelta
 
     from vqt2i.config import load_config
     from vqt2i.errors import ConfigError
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     money = f", {costs.gpu_hours * args.price:,.0f} at {args.price:g} per GPU hour" if args.price else ""
     print(f"{costs.tokens:.3g} tokens, {costs.flops:.3g} FLOP at {costs.tokens_per_second:,.0f} tokens/s "
           f"({costs.throughput}):")  # fmt: skip
-    print(f"{costs.seconds / 86400:,.2f} days, {costs.gpu_hours:,.1f} GPU hours{money}")
+    print(f"{timedelta(seconds=round(costs.seconds))}, {costs.gpu_hours:,.2f} GPU hours{money}")
     if args.out:
         plan = {
             "config": str(args.config),
