@@ -143,16 +143,18 @@ def test_the_planned_peak_of_a_step_is_within_15_percent_of_the_measured(
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("step", ["fp32", "autocast", "bf16 weights"])
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"positions": "learned"}], ids=str)
-def test_what_a_block_keeps_for_the_backward_pass_is_counted_exactly(changes: dict, bf16: bool) -> None:
-    one, batch = model_of("base", n_layers=1, **changes)
-    two, _ = model_of("base", n_layers=2, **changes)
-    by_one_block = kept_bytes(GPT(two), batch, bf16=bf16) - kept_bytes(GPT(one), batch, bf16=bf16)
-    counted = batch * count_activations(one, "bf16" if bf16 else "fp32", autocast=bf16, device="cpu").block
-    if bf16:  # autocast's copies of the weights are kept too, and counted with the model states
-        counted += 2 * sum(p.numel() for p in GPT(one).transformer.blocks.parameters() if p.ndim == 2)
-    assert counted == by_one_block
+def test_what_a_block_keeps_for_the_backward_pass_is_counted_within_2_percent(changes: dict, step: str) -> None:
+    kept, autocast = [], step == "autocast"
+    for n_layers in (1, 2):
+        config, batch = model_of("base", n_layers=n_layers, **changes)
+        gpt = GPT(config).to(torch.bfloat16 if step == "bf16 weights" else torch.float32)
+        kept.append(kept_bytes(gpt, batch, bf16=autocast))
+    counted = count_activations(config, "fp32" if step == "fp32" else "bf16", autocast=autocast, device="cpu").block
+    # autocast's copies of the weights are kept too, and counted with the model states
+    copies = 2 * sum(p.numel() for p in gpt.transformer.blocks[0].parameters() if p.ndim == 2) if autocast else 0
+    assert batch * counted + copies == pytest.approx(kept[1] - kept[0], rel=0.02)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -238,6 +240,14 @@ def test_a_setting_is_read_from_deepspeeds_json() -> None:
 def test_cpu_ranks_share_the_memory_of_the_machine() -> None:
     one, two = (hardware_of(torch.device("cpu"), n) for n in (1, 2))
     assert one.memory // 2 == two.memory > 0 and two.n_nodes == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_small_trainings_fit_this_machine(stage: int) -> None:
+    config, batch = model_of("base")
+    machine = hardware_of(torch.device("cpu"), 2)
+    require_fits(config, Setting(stage), machine, batch_per_gpu=batch, precision="fp32")
+    assert estimate(config, Setting(stage), machine, batch_per_gpu=batch, precision="fp32").total < 0.1 * GB
 
 
 def test_time_follows_from_the_rate_and_gpu_hours_from_the_time() -> None:

@@ -4,11 +4,9 @@ Nothing is allocated: the parameters are counted on PyTorch's meta device. The p
 
 - model states: weights, gradients, AdamW's moments. Under ZeRO by DeepSpeed's own estimators, which assume 16-bit
   weights and gradients beside fp32 master weights and moments (20 bytes per parameter in all);
-- DeepSpeed's communication buffers, of its default sizes;
+- DeepSpeed's communication buffers, of their default sizes;
 - activations: what the blocks and the loss keep for the backward pass (`Activations`), counted from
   vqt2i/nn/transformer.py and vqt2i/gpt/loss.py. tests/training/test_plan.py holds the counts to what is really kept.
-
-L input positions, D width, N heads, H head width, M width of the MLP
 """
 
 import importlib.util
@@ -28,7 +26,7 @@ from vqt2i.runtime import Precision
 
 GB = 10**9
 USABLE_SHARE = 0.9  # of a GPU's memory; the rest is for the CUDA context, NCCL and fragmentation (an assumption)
-FP32, BF16 = 4, 2  # bytes
+FP32, HALF = 4, 2  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -147,23 +145,25 @@ def _scored(layout: SequenceLayout) -> tuple[tuple[int, int], tuple[int, int]]:
 def count_activations(
     config: GPTConfig, precision: Precision, *, autocast: bool, device: Literal["cuda", "cpu"]
 ) -> Activations:
-    """Bytes kept per sample, without torch.compile (which keeps less).
+    """Bytes kept per sample, without torch.compile (which keeps less), and with attention's fused kernels (which CPUs
+    do not have for dropout: there it keeps more).
 
     Args:
-        autocast: bf16 products over fp32 weights (without DeepSpeed); else the weights have the precision too.
+        autocast: 16-bit products over fp32 weights (without DeepSpeed); else the weights have the precision too.
         device: PyTorch's kernels for CPUs keep more than those for GPUs (whose share is read from source, unmeasured).
     """
     t, layout = config.transformer, SequenceLayout(config.layout)
     length, width = layout.length - 1, t.width
-    c = BF16 if precision == "bf16" else FP32  # of the matrix products
-    r = FP32 if autocast else c  # of the residual stream, and of the norms
-    turned = t.qk_norm or config.positions == "rotary"
+    c = FP32 if precision == "fp32" else HALF  # of the matrix products
+    r = FP32 if autocast else c  # of the residual stream
+    norm = FP32 if device == "cpu" else r  # of what norms keep
+    n_norms = 4 if t.qk_norm else 2  # as wide as the model: before attention and MLP, and of q and k
     per_position = (
-        2 * width * r                      # inputs of both norms: the residual stream
+        2 * width * norm                   # inputs of both norms: the residual stream
         + 2 * width * c                    # outputs of both norms: inputs of qkv and gate_up
         + 3 * width * c                    # q, k, v
-        + (2 * width * r if t.qk_norm and autocast else 0)  # q and k in fp32, for their norms
-        + (2 * width * c if turned else 0)  # q and k as attention takes them
+        + (2 * width * norm if t.qk_norm and norm != c else 0)  # q and k in fp32
+        + (2 * width * c if t.qk_norm or config.positions == "rotary" else 0)  # q and k as attention takes them
         + length * c                       # the mask as attention takes it, added to the scores
         + width * c + FP32 * t.n_heads     # attention's output, and its log-sum-exp
         + 4 * t.mlp_width * c              # gate, up, silu(gate), their product
@@ -172,12 +172,12 @@ def count_activations(
     )  # fmt: skip
     if device == "cpu":
         # no fused norms: what is normalised is kept before it is scaled; attention's output is copied
-        per_position += (4 if t.qk_norm else 2) * width * r + width * c
+        per_position += n_norms * width * norm + width * c
     scored = _scored(layout)
     n_scored = sum(n for n, _ in scored)
     head = (
-        length * width * (r + r)                  # the final norm's input and output
-        + n_scored * width * (r + (c if autocast and c != r else 0))  # the slices that are scored
+        2 * length * width * r             # the final norm's input and output
+        + n_scored * width * (r + (c if autocast else 0))  # the slices that are scored
         + FP32 * sum(n * size for n, size in scored)  # logits
     )  # fmt: skip
     largest = max(n * size for n, size in scored)
@@ -200,13 +200,13 @@ def estimate(
     """
     parameters = count_parameters(config)
     states, gradients, host = _model_states(parameters, setting, hardware, precision)
-    buffers = _buffers(parameters, setting, precision)
-    autocast = setting.zero_stage == 0 and precision == "bf16"
+    buffers = _buffers(parameters, setting, hardware, precision)
+    autocast = setting.zero_stage == 0 and precision != "fp32"
     kept = count_activations(config, precision, autocast=autocast, device=hardware.device)
     blocks = config.transformer.n_layers * (kept.block_input if setting.activation_checkpointing else kept.block)
     again = kept.block if setting.activation_checkpointing else 0
     phases = [
-        # the loss: Lightning lets the last step's gradients go after the forward pass only
+        # the loss, in either pass: Lightning lets the last step's gradients go between them
         (states, blocks + kept.head + kept.forward_peak),
         (states - gradients, blocks + kept.head + kept.backward_peak),
         # the backward pass through the last block, when no gradients are there yet, and through the first
@@ -252,9 +252,10 @@ def require_fits(
 def setting_of(deepspeed: dict[str, Any] | None) -> Setting:
     """The setting of a run by DeepSpeed's JSON, generated or a user's own; None is a run without DeepSpeed."""
     zero = (deepspeed or {}).get("zero_optimization", {})
-    on_host = {name: zero.get(f"offload_{name}", {}).get("device", "none") != "none" for name in ("param", "optimizer")}
-    offload = "parameters" if on_host["param"] else "optimizer" if on_host["optimizer"] else "none"
-    return Setting(zero.get("stage", 0), offload)
+    weights, optimizer = (
+        (zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in ("param", "optimizer")
+    )
+    return Setting(zero.get("stage", 0), ("parameters" if weights else "optimizer") if optimizer else "none")
 
 
 def hardware_of(device: torch.device, n_devices: int) -> Hardware:
@@ -283,7 +284,7 @@ def _model_states(
     if setting.zero_stage == 0:
         gradients = FP32 * total
         buckets = gradients if n > 1 else 0  # DDP reduces copies
-        copies = BF16 * total if precision == "bf16" else 0  # autocast's
+        copies = 0 if precision == "fp32" else HALF * total  # autocast's
         return 3 * FP32 * total + gradients + buckets + copies, gradients, FP32 * total * per_node
     with _importing_deepspeed():
         from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
@@ -301,19 +302,22 @@ def _model_states(
     # The estimator is for stage 2 in 16 bits: weights whole, the rest sharded. In fp32 weights have 16 bits more and
     # there is no second copy of the gradients (20 bytes in all, as before); stage 1 has the gradients whole too.
     n_whole = (2 if wide else 1) * (2 if setting.zero_stage == 1 else 1)
-    return gpu + (n_whole - 1) * (BF16 * total - BF16 * total // n), 0, host
+    return gpu + (n_whole - 1) * (HALF * total - HALF * total // n), 0, host
 
 
-def _buffers(parameters: Parameters, setting: Setting, precision: Precision) -> int:
+def _buffers(parameters: Parameters, setting: Setting, hardware: Hardware, precision: Precision) -> int:
     if setting.zero_stage == 0:
         return 0
     with _importing_deepspeed():
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     defaults = DeepSpeedZeroConfig(stage=setting.zero_stage)
-    elements = defaults.reduce_bucket_size * (2 if defaults.overlap_comm else 1)
+    bucket = defaults.reduce_bucket_size
+    if hardware.device == "cpu":
+        bucket = min(bucket, parameters.total)  # a host gives no memory to what is never written
+    elements = bucket * (2 if defaults.overlap_comm else 1)
     if setting.zero_stage == 3:
         elements += min(parameters.total, defaults.max_live_parameters)  # gathered weights that stay for reuse
-    return elements * (BF16 if precision == "bf16" else FP32)
+    return elements * (FP32 if precision == "fp32" else HALF)
 
 
 @dataclass(frozen=True)
