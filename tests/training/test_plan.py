@@ -283,6 +283,12 @@ def test_the_tool_plans_a_published_size_without_its_tokenizers(
     assert next(e["name"] for e in plan["estimates"] if e["fits"]) == plan["chosen"]
 
 
+def test_the_tool_says_what_fits_fewer_samples(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "configs" / "gpt" / "cogview_4b.yaml"
+    assert main(["plan", "--config", str(path), "--gpus", "8"]) == 0
+    assert "fits: none; ZeRO 1 fits 8 samples at once" in capsys.readouterr().out
+
+
 def test_the_tool_takes_the_sizes_of_tokenizers_on_disk(
     model_folders: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

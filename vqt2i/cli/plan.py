@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.gpus} GPUs of {args.gpu_memory:g} GB, of which {hardware.usable / GB:g} GB are planned with; "
           f"{precision}; {at_once} samples at once on each, {share // at_once} times per step")  # fmt: skip
     _print_table(estimates)
-    print(f"smallest setting that fits: {chosen.setting if chosen else 'none'}")
+    fewer = next((f"; {e.setting} fits {e.largest_batch} samples at once" for e in estimates if e.largest_batch), "")
+    print(f"smallest setting that fits: {chosen.setting if chosen else f'none{fewer}'}")
     money = f", {costs.gpu_hours * args.price:,.0f} at {args.price:g} per GPU hour" if args.price else ""
     print(f"{costs.tokens:.3g} tokens, {costs.flops:.3g} FLOP at {costs.tokens_per_second:,.0f} tokens/s "
           f"({costs.throughput}):")  # fmt: skip
