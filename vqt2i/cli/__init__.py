@@ -15,6 +15,7 @@ VERBS = (
     "train_tokenizer",
     "train_vqgan",
     "encode_dataset",
+    "plan",
     "train_gpt",
     "train_clip",
     "generate",

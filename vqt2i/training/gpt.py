@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqt2i.config import Config
 from vqt2i.data.shards import Split
+from vqt2i.errors import ConfigError
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
@@ -41,17 +42,29 @@ class GPTTrainingConfig(Config):
     compile: bool = False
 
 
+class TokenizerSizes(Config):
+    """What a GPT's size depends on in its tokenizers: how many ids each has, and the grid of an image."""
+
+    n_text_ids: PositiveInt
+    n_image_ids: PositiveInt
+    grid_height: PositiveInt
+    grid_width: PositiveInt
+
+
 class GPTRunConfig(Config):
     """`configs/gpt/NAME.yaml`.
 
     text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
-        folder, else the shipped one. source: "store" encodes the images once, "images" at every step.
+        folder, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are yet to be trained
+        (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the images once,
+        "images" at every step.
     """
 
     name: str = "gpt"
     data: DataConfig = DataConfig()
     text_tokenizer: Path = Path("tokenizers/bilingual.model")
     image_tokenizer: Path | None = None
+    sizes: TokenizerSizes | None = None
     source: Literal["store", "images"] = "store"
     text_length: PositiveInt = 32
     transformer: TransformerConfig = TransformerConfig()
@@ -60,6 +73,31 @@ class GPTRunConfig(Config):
     trainer: TrainerConfig = TrainerConfig()
     sampling: SamplingConfig = SamplingConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    def model(self, sizes: TokenizerSizes, text_tokenizer: str, image_tokenizer: str) -> GPTConfig:
+        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints.
+
+        Raises:
+            ConfigError: the configuration was written for tokenizers of other sizes.
+        """
+        if self.sizes not in (None, sizes):
+            raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
+                              "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
+        return GPTConfig(
+            transformer=self.transformer,
+            layout=LayoutConfig(text_length=self.text_length, **sizes.model_dump()),
+            positions=self.positions,
+            text_tokenizer=text_tokenizer,
+            image_tokenizer=image_tokenizer,
+        )
+
+
+def tokenizer_sizes(text: TextTokenizer, image: ImageTokenizer) -> TokenizerSizes:
+    """The sizes of trained tokenizers; images are square."""
+    grid = image.config.grid_size
+    return TokenizerSizes(
+        n_text_ids=text.n_ids, n_image_ids=image.config.vocab_size, grid_height=grid, grid_width=grid
+    )
 
 
 class GPTModule(L.LightningModule):
@@ -152,20 +190,7 @@ def train_gpt(
     """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)
     tokenizer = TextTokenizer.load(config.text_tokenizer)
-    grid = vq.config.grid_size
-    gpt_config = GPTConfig(
-        transformer=config.transformer,
-        layout=LayoutConfig(
-            n_text_ids=tokenizer.n_ids,
-            n_image_ids=vq.config.vocab_size,
-            text_length=config.text_length,
-            grid_height=grid,
-            grid_width=grid,
-        ),
-        positions=config.positions,
-        text_tokenizer=tokenizer.fingerprint,
-        image_tokenizer=vq.fingerprint,
-    )
+    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint)
     L.seed_everything(config.trainer.seed, verbose=False)
     seed, splits = config.trainer.seed, (config.data.train_split, config.data.validation_split)
     if config.source == "store":
