@@ -93,6 +93,11 @@ def pick_device(name: str = "auto") -> "torch.device":
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def pick_precision(name: Precision | Literal["auto"], device_type: str) -> Precision:
+    """The precision called `name`, or for "auto" the fastest."""
+    return fastest_precision(device_type) if name == "auto" else name
+
+
 @cache
 def fastest_precision(device_type: str) -> Precision:
     """fp32 or bf16, whichever multiplies matrices faster here.

@@ -230,11 +230,12 @@ def test_what_cannot_fit_is_refused_and_what_would_is_named() -> None:
 
 
 def test_a_setting_is_read_from_deepspeeds_json() -> None:
-    assert setting_of(None) == Setting()
-    assert setting_of(deepspeed_json(DeepSpeedConfig(zero_stage=1), 4)) == Setting(1)
+    assert setting_of(None, activation_checkpointing=True) == Setting(activation_checkpointing=True)
+    assert setting_of(deepspeed_json(DeepSpeedConfig(zero_stage=1), 4), activation_checkpointing=False) == Setting(1)
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
-    assert setting_of({"zero_optimization": zero}) == Setting(3, "optimizer")
-    assert setting_of({"zero_optimization": zero | {"offload_param": {"device": "nvme"}}}) == Setting(3, "parameters")
+    whole = zero | {"offload_param": {"device": "nvme"}}
+    for offloaded, expected in ((zero, Setting(3, "optimizer")), (whole, Setting(3, "parameters"))):
+        assert setting_of({"zero_optimization": offloaded}, activation_checkpointing=False) == expected
 
 
 def test_cpu_ranks_share_the_memory_of_the_machine() -> None:

@@ -13,16 +13,21 @@ REPOSITORY = Path(__file__).parents[2]
 
 def add_training_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     """--config, --set, --runs, --resume."""
+    add_config_arguments(parser, stage)
+    parser.add_argument("--resume", nargs="?", const="auto", default="never", type=_resume, metavar="auto|never|PATH",
+                        help="auto (also without a value): go on with the newest run of this name if it is not "
+                             "finished, else start anew; PATH: with this run folder, or from this checkpoint in one; "
+                             "never (default): start anew")  # fmt: skip
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
+    """--config, --set, --runs."""
     default = REPOSITORY / "configs" / stage / "shapes.yaml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE",
                         help=f"a YAML file (default: configs/{stage}/shapes.yaml, the embedded shapes)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override one setting, for example trainer.max_steps=100; may be repeated")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
-    parser.add_argument("--resume", nargs="?", const="auto", default="never", type=_resume, metavar="auto|never|PATH",
-                        help="auto (also without a value): go on with the newest run of this name if it is not "
-                             "finished, else start anew; PATH: with this run folder, or from this checkpoint in one; "
-                             "never (default): start anew")  # fmt: skip
 
 
 def _resume(value: str) -> str | Path:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqt2i.cli.options import REPOSITORY, RUNS
+from vqt2i.cli.options import add_config_arguments
 
 if TYPE_CHECKING:
     from vqt2i.training.gpt import GPTRunConfig, TokenizerSizes
@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "gpt" / "shapes.yaml", metavar="FILE",
-                        help="a YAML file of train_gpt (default: configs/gpt/shapes.yaml)")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override one setting, for example trainer.batch_size=512; may be repeated")  # fmt: skip
+    add_config_arguments(parser, "gpt")
     parser.add_argument("--gpus", type=_positive(int), default=1, metavar="N", help="over all nodes (default: 1)")
     parser.add_argument("--gpus-per-node", type=_positive(int), default=8, metavar="N", help="default: 8")
     parser.add_argument("--gpu-memory", type=_positive(float), default=80.0, metavar="GB",
                         help="of one GPU, in 10^9 bytes (default: 80)")  # fmt: skip
     parser.add_argument("--batch-per-gpu", type=_positive(int), metavar="N", help="samples that a GPU holds at once "
-                        "(default: its share of trainer.batch_size)")  # fmt: skip
+                        "(default: its share of trainer.batch_size, by trainer.accumulate)")  # fmt: skip
     parser.add_argument("--tokens", type=_positive(float), metavar="T", help="to train on, all positions of the "
                         "sequences counted (default: those of trainer.max_steps)")  # fmt: skip
     parser.add_argument("--tokens-per-second", type=_positive(float), metavar="X",
@@ -37,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="share of the peak that the step is assumed to reach (default: 0.4)")  # fmt: skip
     parser.add_argument("--price", type=_positive(float), metavar="X", help="of one GPU for one hour; tells the cost")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the plan as JSON (default: print only)")
-    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,11 +51,11 @@ def run(args: argparse.Namespace) -> None:
     model = config.model(config.sizes or _sizes_on_disk(config, args.runs), "planned", "planned")
     hardware = Hardware(args.gpus, int(args.gpu_memory * GB), args.gpus_per_node)
     share, rest = divmod(config.trainer.batch_size, args.gpus)
-    at_once = args.batch_per_gpu or share
-    if rest or share % at_once:
+    at_once = args.batch_per_gpu or share // config.trainer.accumulate
+    if rest or not at_once or share % at_once:
         raise ConfigError(f"trainer.batch_size {config.trainer.batch_size}: cannot be split over {args.gpus} GPUs of "
                           f"{at_once or 1} samples at once; expected a multiple of their product")  # fmt: skip
-    precision = "fp32" if config.trainer.precision == "fp32" else "bf16"
+    precision = "bf16" if config.trainer.precision == "auto" else config.trainer.precision
     estimates = estimate_all(model, hardware, batch_per_gpu=at_once, precision=precision)
     chosen = next((e for e in estimates if e.fits), None)
     length = SequenceLayout(model.layout).length

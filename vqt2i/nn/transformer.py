@@ -163,11 +163,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks and a final norm; causal or not is the mask's matter.
 
-    recompute: set by training. Blocks keep no activations but their input and compute them again for the backward
-        pass.
+    activation_checkpointing: set by training. Blocks keep no activations but their input, and compute them again for
+        the backward pass (Chen et al. 2016).
     """
 
-    recompute = False
+    activation_checkpointing = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """mask_B1LK: bool, true where a query may look; every query must see at least one key."""
         for block in self.blocks:
-            if self.recompute and self.training:
+            if self.activation_checkpointing and self.training:
                 x_BLD = checkpoint(
                     block, x_BLD, mask_B1LK=mask_B1LK, cos_sin=cos_sin, cache=cache, use_reentrant=False
                 )

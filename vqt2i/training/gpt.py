@@ -16,11 +16,13 @@ from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
 from vqt2i.nn.transformer import TransformerConfig
+from vqt2i.runtime import pick_device, pick_precision
 from vqt2i.text import TextBatch, TextTokenizer
 from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
+from vqt2i.training.plan import hardware_of, require_fits, setting_of
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
@@ -30,15 +32,15 @@ from vqt2i.vq import ImageTokenizer
 class GPTTrainingConfig(Config):
     """reversed_share: of a batch, read image → text. null_share: of the others, text dropped (for guidance).
 
-    recompute: activations of each block in the backward pass instead of keeping them (activation checkpointing, Chen
-        et al. 2016): a third more time for a fraction of the memory. compile: the step with torch.compile.
+    activation_checkpointing: blocks compute their activations again instead of keeping them: a third more time for a
+        fraction of the memory. compile: the step with torch.compile.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossWeights = LossWeights()
     reversed_share: float = Field(0.15, ge=0, le=1)
     null_share: float = Field(0.1, ge=0, lt=1)
-    recompute: bool = False
+    activation_checkpointing: bool = False
     compile: bool = False
 
 
@@ -110,7 +112,7 @@ class GPTModule(L.LightningModule):
         self, gpt: GPT, vq: ImageTokenizer, config: GPTTrainingConfig, max_steps: int, sampling: SamplingConfig
     ) -> None:
         super().__init__()
-        gpt.transformer.recompute = config.recompute
+        gpt.transformer.activation_checkpointing = config.activation_checkpointing
         self.gpt, self.config, self.max_steps, self.sampling = gpt, config, max_steps, sampling
         self._frozen = (vq.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
 
@@ -191,6 +193,15 @@ def train_gpt(
     dataset = open_dataset(config.data)
     tokenizer = TextTokenizer.load(config.text_tokenizer)
     gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint)
+    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size)
+    device = pick_device()
+    require_fits(
+        gpt_config,
+        setting_of(ds_json, activation_checkpointing=config.training.activation_checkpointing),
+        hardware_of(device, config.trainer.devices),
+        batch_per_gpu=config.trainer.micro_batch_size,
+        precision=pick_precision(config.trainer.precision, device.type),
+    )
     L.seed_everything(config.trainer.seed, verbose=False)
     seed, splits = config.trainer.seed, (config.data.train_split, config.data.validation_split)
     if config.source == "store":
@@ -204,7 +215,6 @@ def train_gpt(
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)
     if config.training.compile:
         compile_for_training(module.gpt)
-    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size)
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
         module,

@@ -249,13 +249,14 @@ def require_fits(
                       "(see tools/plan.py)")  # fmt: skip
 
 
-def setting_of(deepspeed: dict[str, Any] | None) -> Setting:
+def setting_of(deepspeed: dict[str, Any] | None, *, activation_checkpointing: bool) -> Setting:
     """The setting of a run by DeepSpeed's JSON, generated or a user's own; None is a run without DeepSpeed."""
     zero = (deepspeed or {}).get("zero_optimization", {})
     weights, optimizer = (
         (zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in ("param", "optimizer")
     )
-    return Setting(zero.get("stage", 0), ("parameters" if weights else "optimizer") if optimizer else "none")
+    offload = ("parameters" if weights else "optimizer") if optimizer else "none"
+    return Setting(zero.get("stage", 0), offload, activation_checkpointing)
 
 
 def hardware_of(device: torch.device, n_devices: int) -> Hardware:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from vqt2i.checkpoint import CARD, read_card
 from vqt2i.config import Config, load_config, save_config
 from vqt2i.errors import CheckpointError, ConfigError
-from vqt2i.runtime import Precision, fastest_precision, is_first_process, say
+from vqt2i.runtime import Precision, is_first_process, pick_precision, say
 from vqt2i.training.checkpoints import checkpoints_in, damage, set_aside, step_of
 from vqt2i.training.metrics import METRICS, keep_metrics_before
 from vqt2i.training.record import RunRecord, describe_start, read_record, write_record
@@ -55,7 +55,7 @@ def begin_run(
         require_same_run(start, record, config, fingerprints, deepspeed=deepspeed)
     else:
         # "auto" is measured, and might come out otherwise at the next start
-        precision = fastest_precision(device_type) if trainer.precision == "auto" else trainer.precision
+        precision = pick_precision(trainer.precision, device_type)
         record = RunRecord(kind=card["kind"], fingerprints=fingerprints, precision=precision, starts=())
     if is_first_process():
         for later in checkpoints_in(start.folder):
