@@ -20,6 +20,7 @@ VERBS = (
     "generate",
     "evaluate",
     "make_pipeline",
+    "benchmark",
 )
 
 

@@ -123,7 +123,7 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: bool) -> Path:
     clip_config = build_config(CLIPConfig, values, "scorer")
     L.seed_everything(config.trainer.seed, verbose=False)
     train, validation = (
-        ImageSamples(dataset.split(split), config.image_size_px, tokenizer, config.trainer.seed)
+        ImageSamples(dataset.split(split), config.image_size_px, tokenizer, config.trainer.seed, config.data.variants)
         for split in (config.data.train_split, config.data.validation_split)
     )
     tokenizer_card = {"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint}

@@ -162,11 +162,14 @@ def train_gpt(
     L.seed_everything(config.trainer.seed, verbose=False)
     seed, splits = config.trainer.seed, (config.data.train_split, config.data.validation_split)
     if config.source == "store":
-        store = ensure_store(dataset, vq, tokenizer, splits)
+        variants, n_workers = config.data.variants, config.trainer.n_workers
+        store = ensure_store(dataset, vq, tokenizer, splits, variants=variants, n_workers=n_workers)
         train, validation = (TokenSamples(store.split(split), seed) for split in splits)
     else:
         size = vq.config.image_size_px
-        train, validation = (ImageSamples(dataset.split(split), size, tokenizer, seed) for split in splits)
+        train, validation = (
+            ImageSamples(dataset.split(split), size, tokenizer, seed, config.data.variants) for split in splits
+        )
     gpt = GPT(gpt_config)
     gpt.start_from_codes(vq.quantizer.codes())
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)

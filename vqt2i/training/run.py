@@ -17,6 +17,7 @@ from torch import nn
 from vqt2i.checkpoint import CONFIG, read_card, save_model
 from vqt2i.config import Config, load_config, save_config
 from vqt2i.data.build import ensure_default_dataset
+from vqt2i.data.images import Variants
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import ConfigError
 from vqt2i.runtime import fastest_precision, is_first_process, pick_device, say
@@ -29,11 +30,16 @@ DEFAULT_DATASET = Path("data/shapes")
 
 
 class DataConfig(Config):
-    """Where the pairs are."""
+    """Where the pairs are.
+
+    variants: pictures made of each for training, of which every visit draws one; "flip" and "ten-crop" mirror, so not
+        for captions that tell left from right. Validation sees the first, the centred square.
+    """
 
     path: Path = DEFAULT_DATASET
     train_split: str = "train"
     validation_split: str = "val"
+    variants: Variants = "centre"
 
 
 class TrainerConfig(Config):

@@ -170,7 +170,7 @@ def train_vqgan(config: VQGANRunConfig, runs: Path, *, resume: bool) -> Path:
     dataset = open_dataset(config.data)
     L.seed_everything(config.trainer.seed, verbose=False)
     train, validation = (
-        ImageSamples(dataset.split(split), config.model.image_size_px, None, config.trainer.seed)
+        ImageSamples(dataset.split(split), config.model.image_size_px, None, config.trainer.seed, config.data.variants)
         for split in (config.data.train_split, config.data.validation_split)
     )
     module = VQGANModule(ImageTokenizer(config.model), config.training, config.trainer.max_steps)
