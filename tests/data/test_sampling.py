@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vqt2i.data.sampling import StepSampler, Visits, draw, shuffled
+from vqt2i.data.sampling import LaneSampler, StepSampler, Visits, draw, shuffled
 
 
 def joined(steps: list[Visits]) -> Visits:
@@ -73,3 +73,38 @@ def test_draws_of_other_things_seeds_samples_and_epochs_are_independent(other: t
 def test_a_draw_does_not_depend_on_the_batch_it_is_made_in() -> None:
     whole = draw("x", 5, GRID)
     assert draw("x", 5, Visits(GRID.index_B[321:323], GRID.epoch_B[321:323])).tolist() == whole[321:323].tolist()
+
+
+LANES = pytest.mark.parametrize(("n_ranks", "n_workers"), [(1, 0), (1, 3), (2, 0), (3, 2)])
+
+
+def lane_samplers(n_ranks: int, n_workers: int, first_step: int = 0, n_steps: int = 30) -> list[LaneSampler]:
+    """Of every rank: batches of 6 from blocks of 5."""
+    place = {"first_step": first_step, "n_ranks": n_ranks, "n_workers": n_workers}
+    return [LaneSampler(5, 6, n_steps, rank=rank, **place) for rank in range(n_ranks)]
+
+
+@LANES
+def test_lanes_read_all_of_their_own_blocks_and_nothing_twice(n_ranks: int, n_workers: int) -> None:
+    seen = [joined(list(sampler)).index_B for sampler in lane_samplers(n_ranks, n_workers)]
+    assert [len(positions) for positions in seen] == [30 * 6 // n_ranks] * n_ranks  # equal steps and batches
+    assert sorted(np.concatenate(seen).tolist()) == list(range(180))  # each lane comes to the end of a block
+
+
+@LANES
+def test_each_worker_goes_through_its_blocks_in_order_wherever_the_run_went_on(n_ranks: int, n_workers: int) -> None:
+    for first_step in (0, 1, 7):
+        for sampler in lane_samplers(n_ranks, n_workers, first_step):
+            steps, n = list(sampler), max(n_workers, 1)
+            for worker in range(n):
+                positions = joined(steps[worker::n]).index_B
+                assert (np.diff(positions) > 0).all()
+                assert len(set((positions // 5 % sampler.n_lanes).tolist())) == 1
+
+
+@LANES
+def test_a_stream_goes_on_at_step_k_as_if_it_had_never_stopped(n_ranks: int, n_workers: int) -> None:
+    for first in (1, 4, 29, 30):
+        whole, rest = (lane_samplers(n_ranks, n_workers, first_step) for first_step in (0, first))
+        for a, b in zip(whole, rest, strict=True):
+            assert same(list(a)[first:], list(b))

@@ -81,3 +81,40 @@ class StepSampler(Sampler[Visits]):
             epochs = range(epoch_B[0], epoch_B[-1] + 1)
             orders = {e: orders[e] if e in orders else shuffled(self.n_samples, self.seed, e) for e in epochs}
             yield Visits(np.concatenate([orders[e][place_B[epoch_B == e]] for e in epochs]), epoch_B)
+
+
+class LaneSampler(Sampler[Visits]):
+    """The positions in a stream that each step of a rank reads, from `first_step` up to `n_steps`.
+
+    The stream is cut into blocks, and each worker of each rank (each lane) goes through every n-th of them: so the
+    lanes share out all blocks, read only their own, never run out, and where they stand follows from the step. Unlike
+    `StepSampler`, another number of ranks or workers reads other samples at a step.
+
+    Worker i of a loader makes every n-th batch from batch i on. After a resume this is another lane than before, which
+    is why a step belongs to a lane and not to a worker.
+    """
+
+    def __init__(
+        self, block_size: int, batch_size: int, n_steps: int, *, first_step: int, rank: int, n_ranks: int,
+        n_workers: int,
+    ) -> None:  # fmt: skip
+        self.block_size, self.batch_size, self.n_steps = block_size, batch_size, n_steps
+        self.first_step, self.rank, self.n_ranks = first_step, rank, n_ranks
+        self.n_lanes_here = max(n_workers, 1)
+
+    @property
+    def n_lanes(self) -> int:
+        """Over all ranks; the blocks of a lane are so many apart."""
+        return self.n_ranks * self.n_lanes_here
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+    def __iter__(self) -> Iterator[Visits]:
+        share = len(range(self.rank, self.batch_size, self.n_ranks))
+        for step in range(self.first_step, self.n_steps):
+            turn, worker = divmod(step, self.n_lanes_here)
+            lane = self.rank * self.n_lanes_here + worker
+            block_B, place_B = np.divmod(np.arange(turn * share, (turn + 1) * share), self.block_size)
+            index_B = (block_B * self.n_lanes + lane) * self.block_size + place_B
+            yield Visits(index_B, np.zeros_like(index_B))

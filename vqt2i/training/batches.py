@@ -4,6 +4,7 @@ B batch, S longest text
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vqt2i.data.images import Variants, fit_variant, n_variants, to_tensor
-from vqt2i.data.sampling import StepSampler, Visits, draw
+from vqt2i.data.sampling import LaneSampler, StepSampler, Visits, draw
 from vqt2i.data.shards import Split
 from vqt2i.data.store import TokenSplit
+from vqt2i.data.stream import Stream
 from vqt2i.errors import UserError
 from vqt2i.text import TextBatch, TextTokenizer, pad_texts
 
@@ -42,13 +44,18 @@ class SampleSource(Protocol):
     def batch(self, visits: Visits, text_length: int | None, *, augment: bool) -> Batch: ...
 
 
+@dataclass(frozen=True)
 class ImageSamples:
-    """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language."""
+    """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language.
 
-    def __init__(
-        self, split: Split, size_px: int, tokenizer: TextTokenizer | None, seed: int, variants: Variants = "centre"
-    ) -> None:
-        self.split, self.size_px, self.tokenizer, self.seed, self.variants = split, size_px, tokenizer, seed, variants
+    A stream is for training only: it has no length.
+    """
+
+    split: Split | Stream
+    size_px: int
+    tokenizer: TextTokenizer | None
+    seed: int
+    variants: Variants = "centre"
 
     def __len__(self) -> int:
         return len(self.split)
@@ -151,8 +158,18 @@ def training_loader(
     source: SampleSource, *, batch_size: int, n_steps: int, first_step: int, seed: int, text_length: int | None,
     n_workers: int, rank: int, n_ranks: int,
 ) -> BatchLoader:  # fmt: skip
-    """Batches for the steps from `first_step` on; this rank's share of each."""
-    sampler = StepSampler(len(source), batch_size, n_steps, seed, first_step=first_step, rank=rank, n_ranks=n_ranks)
+    """Batches for the steps from `first_step` on; this rank's share of each.
+
+    The same seed and step give the same global batch, whatever was read before; on any number of ranks and workers, but
+    for streams only on the same number.
+    """
+    place = {"first_step": first_step, "rank": rank, "n_ranks": n_ranks}
+    if isinstance(source, ImageSamples) and isinstance(source.split, Stream):
+        block_size = source.split.config.block_size
+        sampler = LaneSampler(block_size, batch_size, n_steps, **place, n_workers=n_workers)
+        source = replace(source, split=source.split.in_lanes(sampler.n_lanes))
+    else:
+        sampler = StepSampler(len(source), batch_size, n_steps, seed, **place)
     return BatchLoader(_BatchOf(source, text_length, augment=True), sampler, n_workers)
 
 

@@ -14,10 +14,11 @@ from vqt2i.config import Config, build_config
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import say
 from vqt2i.text import TextTokenizer
-from vqt2i.training.batches import Batch, ImageSamples
+from vqt2i.training.batches import Batch
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.samples import image_samples
 
 
 class CLIPTrainingConfig(Config):
@@ -122,17 +123,14 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: bool) -> Path:
     }
     clip_config = build_config(CLIPConfig, values, "scorer")
     L.seed_everything(config.trainer.seed, verbose=False)
-    train, validation = (
-        ImageSamples(dataset.split(split), config.image_size_px, tokenizer, config.trainer.seed, config.data.variants)
-        for split in (config.data.train_split, config.data.validation_split)
-    )
+    samples = image_samples(config.data, dataset, config.image_size_px, tokenizer, config.trainer.seed)
     tokenizer_card = {"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint}
     module = CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps)
     if config.training.compile:
         compile_for_training(module.clip.vision, module.clip.text)
     return fit(
         module,
-        StageData(train, validation, config.trainer, config.text_length),
+        StageData(*samples, config.trainer, config.text_length),
         run_config=config,
         model_config=clip_config,
         card=stage_card("clip", dataset, text_tokenizer=tokenizer_card),

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 
 from vqt2i.data.images import Variants, fit_variant, n_variants, to_tensor
 from vqt2i.data.shards import DataSet
@@ -186,8 +185,9 @@ def _encode_shards(
             parts = []
             for _ in keys:
                 batch = next(pictures)
-                images = rearrange(batch.images_BVHW3, "b v h w c -> (b v) h w c").numpy()
-                ids = vq.encode(to_tensor(images).to(device)).unflatten(0, batch.images_BVHW3.shape[:2])
+                images = batch.images_BVHW3.flatten(0, 1).to(device, non_blocking=True)  # a quarter of the floats
+                # contiguous, as the batches of ImageSamples are: another layout rounds otherwise
+                ids = vq.encode(to_tensor(images).contiguous()).unflatten(0, batch.images_BVHW3.shape[:2])
                 ids = ids.cpu().numpy().astype(image_id_dtype(vq.config.vocab_size))
                 parts.append(TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B))
                 advance(len(images))

@@ -19,6 +19,7 @@ from vqt2i.config import Config, load_config, save_config
 from vqt2i.data.build import ensure_default_dataset
 from vqt2i.data.images import Variants
 from vqt2i.data.shards import DataSet
+from vqt2i.data.stream import StreamConfig
 from vqt2i.errors import ConfigError
 from vqt2i.runtime import fastest_precision, is_first_process, pick_device, say
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
@@ -34,12 +35,20 @@ class DataConfig(Config):
 
     variants: pictures made of each for training, of which every visit draws one; "flip" and "ten-crop" mirror, so not
         for captions that tell left from right. Validation sees the first, the centred square.
+    stream: to train on webdataset tars in passing, and on the data set in `path` only validate.
     """
 
     path: Path = DEFAULT_DATASET
     train_split: str = "train"
     validation_split: str = "val"
     variants: Variants = "centre"
+    stream: StreamConfig | None = None
+
+    @model_validator(mode="after")
+    def _validation_is_of_the_same_kind(self) -> "DataConfig":
+        if self.stream and self.path == DEFAULT_DATASET:
+            raise ValueError("a stream is for training; set path to a data set of the same kind to validate on")
+        return self
 
 
 class TrainerConfig(Config):
