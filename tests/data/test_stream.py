@@ -218,6 +218,17 @@ def test_a_damaged_shard_ends_training_with_one_clear_line(tars: Path, n_workers
         batches(config_of(tars), 0, n_workers)
 
 
+def test_members_that_make_no_sample_are_told_and_passed_over(
+    tars: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tars / "x-3.tar", "a") as tar:
+        for name in ("README", "only.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert sorted(values_of(Stream(config_of(tars), seed=0), range(30))) == list(range(30))
+    told = capsys.readouterr().err
+    assert f"{tars}/x-3.tar README: unusable member (no suffix); passed over, and 1 more of this shard" in told
+
+
 def test_files_are_not_tried_again(tars: Path) -> None:
     shard = read_shard(str(tars / "absent.tar"), config_of(tars, first_wait_s=1000))
     assert shard.items == [] and shard.failure.reason == "shard cannot be opened"

@@ -12,7 +12,7 @@ from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, SplitSpec, write_dataset
 from vqt2i.data.store import TokenStore
 from vqt2i.errors import DataError, UserError
-from vqt2i.files import write_json
+from vqt2i.files import PARTIAL_PREFIX, write_json
 from vqt2i.training.encode import encode_dataset, ensure_store, store_folder
 
 
@@ -101,6 +101,7 @@ def test_killed_and_called_again_it_goes_on_to_the_same_bytes(
     assert not (tmp_path / "store").exists()
     encoded.clear()
     assert contents(run(tmp_path / "store").folder) == whole
+    assert list(tmp_path.glob(f"{PARTIAL_PREFIX}*")) == []
     n_done = n_batches // 2 * 4  # shards of four pictures take two batches of up to three
     assert sum(encoded) == 31 - n_done
 

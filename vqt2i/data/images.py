@@ -13,9 +13,10 @@ _CORNER_SHARE = 1 / 1.1  # of the side of the centred square, as LlamaGen (arXiv
 
 
 def to_tensor(image_HW3: np.ndarray | Tensor) -> Tensor:
-    """uint8 (..., H, W, 3) to float32 (..., 3, H, W) in [-1, 1]; a tensor stays on its device."""
+    """uint8 (..., H, W, 3) to contiguous float32 (..., 3, H, W) in [-1, 1]; a tensor stays on its device."""
     x = image_HW3 if isinstance(image_HW3, Tensor) else torch.from_numpy(np.ascontiguousarray(image_HW3))
-    return x.movedim(-1, -3).float().div_(127.5).sub_(1.0)
+    x = x.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return x.div_(127.5).sub_(1.0)
 
 
 def to_uint8(x_3HW: Tensor) -> np.ndarray:

@@ -109,6 +109,10 @@ class Stream:
         for future in coming.shards:
             shard = future.result()
             items += shard.items
+            if shard.unused:
+                first, n = shard.unused[0], len(shard.unused)
+                say(f"{first.name}: {first.reason} ({first.detail}); passed over, and {n - 1:,} more of this shard",
+                    every_process=True)  # fmt: skip
             if shard.failure:
                 self._unreadable("shards", shard.failure)
         if not items:
@@ -160,9 +164,10 @@ class _Block:
 
 
 class Shard(NamedTuple):
-    """What could be read of a shard, and why not the rest."""
+    """What could be read of a shard, the members that make no sample, and why the rest could not be read."""
 
     items: list[Item]
+    unused: list[Rejection]
     failure: Rejection | None
 
 
@@ -171,13 +176,10 @@ def read_shard(url: str, config: StreamConfig) -> Shard:
     n_attempts = config.attempts if is_remote(url) else 1
     wait_s, jitter = config.first_wait_s, random.Random()
     for attempt in range(1, n_attempts + 1):
-        items: list[Item] = []
-        failure = None
-        for entry in tar_items([url], language="en", split=None, timeout_s=config.timeout_s):
-            if isinstance(entry, Item):
-                items.append(entry)
-            elif entry.reason in (UNOPENED, DAMAGED):
-                failure = entry  # members that make no sample are no failure
+        entries = list(tar_items([url], language="en", split=None, timeout_s=config.timeout_s))
+        items = [entry for entry in entries if isinstance(entry, Item)]
+        rejections = [entry for entry in entries if isinstance(entry, Rejection)]
+        failure = next((r for r in rejections if r.reason in (UNOPENED, DAMAGED)), None)
         if failure is None or attempt == n_attempts:
             break
         time.sleep(wait_s * jitter.uniform(0.5, 1))  # not all workers at the same moment
@@ -186,7 +188,7 @@ def read_shard(url: str, config: StreamConfig) -> Shard:
         failure = Rejection(failure.name, failure.reason, f"{failure.detail}; attempt {n_attempts} of {n_attempts}")
     if failure is None and not items:
         failure = Rejection(url, DAMAGED, "it holds no image")
-    return Shard(items, failure)
+    return Shard(items, [r for r in rejections if r.reason not in (UNOPENED, DAMAGED)], failure)
 
 
 def _decoded(item: Item) -> Pair:

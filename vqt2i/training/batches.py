@@ -66,11 +66,11 @@ class ImageSamples:
         images, texts = [], []
         for index, u, variant in zip(visits.index_B.tolist(), caption_draw_B.tolist(), variant_B.tolist(), strict=True):
             pair = self.split[index]
-            images.append(to_tensor(fit_variant(pair.image_HW3, self.size_px, self.variants, variant)))
+            images.append(fit_variant(pair.image_HW3, self.size_px, self.variants, variant))
             captions = [c for captions in pair.captions.values() for c in captions] if self.tokenizer else []
             texts.append(self.tokenizer.encode(captions[int(u * len(captions))]) if captions else [])
         text = None if text_length is None else pad_texts(texts, text_length)
-        return Batch(torch.stack(images), None, text, _chances(self.seed, visits))
+        return Batch(to_tensor(np.stack(images)), None, text, _chances(self.seed, visits))
 
 
 class TokenSamples:

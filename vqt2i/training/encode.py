@@ -24,7 +24,7 @@ from vqt2i.data.store import (
     write_split,
 )
 from vqt2i.errors import DataError
-from vqt2i.files import PARTIAL_PREFIX, new_folder, sha256_of_parts, write_json
+from vqt2i.files import PARTIAL_PREFIX, new_folder, require_free, sha256_of_parts, write_json
 from vqt2i.runtime import counter, is_first_process, pick_device, say
 from vqt2i.text import TextTokenizer
 from vqt2i.training.batches import BatchLoader
@@ -85,21 +85,25 @@ def encode_dataset(
         if held.spec == spec:
             return held
         _require_alike(held, spec)
+    else:
+        require_free(out)
     work = out.with_name(f"{PARTIAL_PREFIX}{out.name}-{_short_name(spec)}")
     known = held.spec.shards if held else {}
+    pending = {h: place for h, place in spec.shards.items() if h not in known and not _part_file(work, h).is_file()}
+    if len(pending) < len(spec.shards):
+        say(f"{out}: {len(spec.shards) - len(pending):,} of {len(spec.shards):,} shards are encoded already")
+    _encode_shards(pending, work, dataset, vq, tokenizer, variants, batch_size, n_workers)
+    held_splits = {name: held.split(name) for name in held.spec.splits} if held else {}
+
+    def part_of(shard_hash: str) -> TokenPart:
+        if shard_hash not in known:
+            return load_part(_part_file(work, shard_hash))
+        name, first, behind = known[shard_hash]
+        return held_splits[name].part(first, behind)
+
     with new_folder(out, replace=held is not None) as folder:
-        pending = {h: s for h, s in spec.shards.items() if h not in known and not _part_file(work, h).is_file()}
-        n_kept = len(spec.shards) - len(pending)
-        if n_kept:
-            say(f"{out}: {n_kept:,} of {len(spec.shards):,} shards are encoded already")
-        _encode_shards(pending, work, dataset, vq, tokenizer, variants, batch_size, n_workers)
-        held_splits = {name: held.split(name) for name in held.spec.splits} if held else {}
         for name, split in spec.splits.items():
-            hashes = [shard.sha256 for shard in split.shards]
-            parts = (
-                held_splits[known[h][0]].part(*known[h][1:]) if h in known else load_part(_part_file(work, h))
-                for h in hashes
-            )
+            parts = (part_of(shard.sha256) for shard in split.shards)
             write_split(folder, name, parts, spec.image_shape, image_id_dtype(vq.config.vocab_size))
         write_json(folder / SPEC_NAME, spec.model_dump(mode="json"))
     shutil.rmtree(work, ignore_errors=True)
@@ -186,8 +190,7 @@ def _encode_shards(
             for _ in keys:
                 batch = next(pictures)
                 images = batch.images_BVHW3.flatten(0, 1).to(device, non_blocking=True)  # a quarter of the floats
-                # contiguous, as the batches of ImageSamples are: another layout rounds otherwise
-                ids = vq.encode(to_tensor(images).contiguous()).unflatten(0, batch.images_BVHW3.shape[:2])
+                ids = vq.encode(to_tensor(images)).unflatten(0, batch.images_BVHW3.shape[:2])
                 ids = ids.cpu().numpy().astype(image_id_dtype(vq.config.vocab_size))
                 parts.append(TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B))
                 advance(len(images))
