@@ -256,6 +256,11 @@ def test_nothing_to_read_ends_the_run_even_where_shards_may_be_skipped(tars: Pat
         Stream(config_of(tars, unreadable="skip"), seed=0)[0]
 
 
+def test_where_one_shard_is_in_memory_it_cannot_be_skipped(tars: Path) -> None:
+    with pytest.raises(ValueError, match="skip needs shuffled_shards of 2 or more"):
+        config_of(tars, unreadable="skip", shuffled_shards=1)
+
+
 def test_a_shard_without_images_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("a.txt"))

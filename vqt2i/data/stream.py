@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vqt2i.config import Config
 from vqt2i.data.decode import RefusedError, clean_captions, decode_image
@@ -56,6 +56,13 @@ class StreamConfig(Config):
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _another_can_take_its_place(self) -> "StreamConfig":
+        if self.unreadable == "skip" and self.shuffled_shards == 1:
+            raise ValueError("unreadable=skip needs shuffled_shards of 2 or more: the others take an unreadable "
+                             "one's place")  # fmt: skip
+        return self
 
     @property
     def block_size(self) -> int:
