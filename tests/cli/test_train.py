@@ -158,6 +158,7 @@ def test_missing_and_unfit_parts_are_told(
         (["--data", "set", "--splits", "train,test"], "no split 'test'"),
         (["--data", "set", "--text", "none.model"], "none.model"),
         (["--data", "set", "--out", "set"], "set: exists already"),
+        (["--data", "set", "--variants", "mirror"], "variants: Input should be 'centre', 'flip', 'five-crop'"),
         (["--data", "set", "--workers", "-1"], "--workers -1: expected 0 or more"),
     ],
 )

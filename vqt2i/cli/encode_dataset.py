@@ -18,16 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, default=Path("tokenizers/bilingual.model"), metavar="FILE",
                         help="SentencePiece model (default: the bilingual one)")  # fmt: skip
     parser.add_argument("--splits", default="train,val", help="splits to encode (default: train,val)")
-    parser.add_argument("--variants", choices=("centre", "flip", "five-crop", "ten-crop"), default="centre",
-                        help="pictures made of each, of which training draws one at each visit; flip and ten-crop "
-                        "mirror, so not for captions that tell left from right (default: the centred square only)",
-                        )  # fmt: skip
+    parser.add_argument("--variants", default="centre", metavar="NAME", help="pictures made of each, of which training "
+                        "draws one at each visit: centre (one, the default), flip, five-crop or ten-crop; flip and "
+                        "ten-crop mirror, so not for captions that tell left from right")  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and crop images "
                         "while this one encodes (default: 0, all in this one)")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
 
 
 def run(args: argparse.Namespace) -> None:
+    from vqt2i.config import build_config
     from vqt2i.errors import UserError
     from vqt2i.generation.find import find_image_tokenizer
     from vqt2i.runtime import say
@@ -37,11 +37,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 or more")
-    dataset = open_dataset(DataConfig(path=args.data))
+    data = build_config(DataConfig, {"path": args.data, "variants": args.variants}, "encode_dataset")
+    dataset = open_dataset(data)
     _, vq = find_image_tokenizer(args.vq, args.runs)
     tokenizer = TextTokenizer.load(args.text)
-    out = args.out or store_folder(dataset, vq, tokenizer, args.variants)
+    out = args.out or store_folder(dataset, vq, tokenizer, data.variants)
     splits = tuple(args.splits.split(","))
-    store = encode_dataset(dataset, vq, tokenizer, splits, out, variants=args.variants, n_workers=args.workers)
+    store = encode_dataset(dataset, vq, tokenizer, splits, out, variants=data.variants, n_workers=args.workers)
     counts = [f"{name} {split.n_samples:,} samples" for name, split in store.spec.splits.items()]
     say(f"{store.folder}: {', '.join(counts)}")

@@ -5,6 +5,7 @@ B batch, S longest text
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -144,16 +145,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class _BatchOf:
-    """`source.batch` with everything but the visits given; no closure, for data loader workers may pickle it."""
-
-    def __init__(self, source: SampleSource, text_length: int | None, augment: bool) -> None:
-        self.source, self.text_length, self.augment = source, text_length, augment
-
-    def __call__(self, visits: Visits) -> Batch:
-        return self.source.batch(visits, self.text_length, augment=self.augment)
-
-
 def training_loader(
     source: SampleSource, *, batch_size: int, n_steps: int, first_step: int, seed: int, text_length: int | None,
     n_workers: int, rank: int, n_ranks: int,
@@ -170,7 +161,7 @@ def training_loader(
         source = replace(source, split=source.split.in_lanes(sampler.n_lanes))
     else:
         sampler = StepSampler(len(source), batch_size, n_steps, seed, **place)
-    return BatchLoader(_BatchOf(source, text_length, augment=True), sampler, n_workers)
+    return BatchLoader(partial(source.batch, text_length=text_length, augment=True), sampler, n_workers)
 
 
 def validation_loader(
@@ -183,6 +174,5 @@ def validation_loader(
     n_per_rank = max(min(n_samples, len(source)) // n_ranks, 1)
     index = np.arange(rank, n_per_rank * n_ranks, n_ranks) % len(source)
     batches = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
-    return BatchLoader(
-        _BatchOf(source, text_length, augment=False), [Visits(index_B, np.zeros_like(index_B)) for index_B in batches]
-    )
+    visits = [Visits(index_B, np.zeros_like(index_B)) for index_B in batches]
+    return BatchLoader(partial(source.batch, text_length=text_length, augment=False), visits)
