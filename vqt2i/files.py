@@ -37,6 +37,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_free(path: Path) -> None:
+    """Check that a folder can be made at `path`.
+
+    Raises:
+        UserError: `path` exists already and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already; choose another folder or remove it first")
+
+
 @contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` if the block ends well, and vanishes if it does not.
@@ -45,8 +55,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         UserError: `path` exists already, is not empty, and `replace` is false.
     """
     path = Path(path)
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already; choose another folder or remove it first")
+    if not replace:
+        require_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=path.parent))
     try:

@@ -31,9 +31,9 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def say(message: str) -> None:
-    """Tell the user something, once (rank 0 only), on standard error."""
-    if is_first_process():
+def say(message: str, *, every_process: bool = False) -> None:
+    """Tell the user something on standard error: once (rank 0 only), or from wherever it happened."""
+    if every_process or is_first_process():
         _console.print(message, markup=False)
 
 

@@ -44,7 +44,8 @@ def test_an_unknown_verb_is_told_with_the_known_ones(fails) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_unknown_option_exits_2(verb: str, fails) -> None:
-    needed = {"make_dataset": ["shapes"], "train_tokenizer": ["--out", "o"], "make_pipeline": ["--out", "o"]}
+    out = ["--out", "o"]
+    needed = {"make_dataset": ["shapes"], "train_tokenizer": out, "make_pipeline": out, "benchmark": ["data"]}
     assert "--no-such-option" in fails(verb, *needed.get(verb, []), "--no-such-option")
 
 

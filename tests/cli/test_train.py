@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -101,7 +102,29 @@ def test_a_tokenizer_is_trained_on_captions_and_lines(arguments) -> None:
 def test_a_store_is_put_where_it_is_asked_for(arguments, model_folders: Path) -> None:
     options = ["--data", "set", "--text", "text.model", "--vq", str(model_folders / "vq"), "--splits", "val"]
     assert main(["encode_dataset", *options, "--out", "mine"]) == 0
-    assert TokenStore.open(Path("mine")).spec.splits == {"val": 7}
+    assert {name: split.n_samples for name, split in TokenStore.open(Path("mine")).spec.splits.items()} == {"val": 7}
+
+
+def test_train_gpt_makes_the_variants_that_it_is_told_to_draw_from(arguments, model_folders: Path) -> None:
+    vq = ["--vq", str(model_folders / "vq")]
+    assert main(["train_gpt", *arguments["train_gpt"], *vq, "--set", "data.variants=flip"]) == 0
+    (folder,) = Path("set").glob("store-*-flip")
+    assert TokenStore.open(folder).split("train").n_variants == 2
+    options = ["--data", "set", "--text", "text.model", "--variants", "flip"]
+    assert main(["encode_dataset", *vq, *options]) == 0  # finds it done
+
+
+@pytest.mark.parametrize("more", [[], ["--store", "set/store", "--workers", "1", "--split", "val"]])
+def test_benchmark_data_prints_sequences_a_second(more: list[str], arguments, model_folders: Path, capsys) -> None:
+    options = ["--data", "set", "--text", "text.model", "--vq", str(model_folders / "vq"), "--out", "set/store"]
+    assert main(["encode_dataset", *options]) == 0
+    assert main(["benchmark", "data", "--batch-size", "8", "--seconds", "0.05", *more]) == 0
+    assert re.match(r"[\d,]+ sequences/s \(median of 10; ", capsys.readouterr().out)
+
+
+def test_benchmark_tells_what_is_wrong(fails, in_empty_folder: Path) -> None:
+    assert "--batch-size 0: expected 1 or more" in fails("benchmark", "data", "--batch-size", "0")
+    assert "none/store.json" in fails("benchmark", "data", "--store", "none")
 
 
 TRAININGS = pytest.mark.parametrize("verb", ["train_vqgan", "train_gpt", "train_clip"])
@@ -159,6 +182,8 @@ def test_missing_and_unfit_parts_are_told(
         (["--data", "set", "--splits", "train,test"], "no split 'test'"),
         (["--data", "set", "--text", "none.model"], "none.model"),
         (["--data", "set", "--out", "set"], "set: exists already"),
+        (["--data", "set", "--variants", "mirror"], "variants: Input should be 'centre', 'flip', 'five-crop'"),
+        (["--data", "set", "--workers", "-1"], "--workers -1: expected 0 or more"),
     ],
 )
 def test_encode_dataset_tells_what_is_wrong(options: list, told: str, arguments, fails, model_folders: Path) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqt2i.data.images import fit_square, to_tensor, to_uint8
+from vqt2i.data.images import fit_square, fit_variant, n_variants, to_tensor, to_uint8
 
 
 def test_every_pixel_value_survives_the_way_to_the_model_and_back() -> None:
@@ -48,3 +48,25 @@ def test_other_images_are_cropped_at_the_centre(height: int, width: int) -> None
         found, edge = fit_square(image, size), size // 5  # the filter looks a few pixels beyond the crop
         assert found.shape == (size, size, 3) and found.dtype == np.uint8
         assert (found[edge:-edge, edge:-edge] == 200).all() and found.min() > 100
+
+
+@pytest.mark.parametrize(("variants", "n"), [("centre", 1), ("flip", 2), ("five-crop", 5), ("ten-crop", 10)])
+def test_the_first_variant_is_the_plain_picture_and_all_differ(variants: str, n: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    made = [fit_variant(image, 32, variants, index) for index in range(n_variants(variants))]
+    assert len(made) == n == len({picture.tobytes() for picture in made})
+    assert np.array_equal(made[0], fit_square(image, 32)) and {picture.shape for picture in made} == {(32, 32, 3)}
+    if variants in ("flip", "ten-crop"):
+        for picture, mirrored in zip(made[: n // 2], made[n // 2 :], strict=True):
+            assert np.array_equal(picture[:, ::-1], mirrored)
+
+
+def test_corner_crops_hold_their_corner_of_the_square_and_lose_the_opposite_one() -> None:
+    image = np.full((110, 150, 3), 100, np.uint8)  # the centred square is columns 20 to 130
+    corners = {1: (0, 0), 2: (0, 1), 3: (1, 0), 4: (1, 1)}
+    for bottom, right in corners.values():
+        rows, columns = slice(bottom * 102, bottom * 102 + 8), slice(20 + right * 102, 20 + right * 102 + 8)
+        image[rows, columns] = 200
+    for index, (bottom, right) in corners.items():
+        found = fit_variant(image, 100, "five-crop", index)
+        assert found[-bottom, -right, 0] == 200 and found[bottom - 1, right - 1, 0] == 100

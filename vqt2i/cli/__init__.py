@@ -21,6 +21,7 @@ VERBS = (
     "generate",
     "evaluate",
     "make_pipeline",
+    "benchmark",
 )
 
 

@@ -1,4 +1,7 @@
-"""Encode a data set into a token store: image and text ids, ready for the GPT."""
+"""Encode a data set into a token store: image and text ids, ready for the GPT.
+
+Killed and started again, it goes on where it was; after the data set grew, it encodes the new shards only.
+"""
 
 import argparse
 from pathlib import Path
@@ -15,19 +18,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, default=Path("tokenizers/bilingual.model"), metavar="FILE",
                         help="SentencePiece model (default: the bilingual one)")  # fmt: skip
     parser.add_argument("--splits", default="train,val", help="splits to encode (default: train,val)")
+    parser.add_argument("--variants", default="centre", metavar="NAME", help="pictures made of each, of which training "
+                        "draws one at each visit: centre (one, the default), flip, five-crop or ten-crop; flip and "
+                        "ten-crop mirror, so not for captions that tell left from right")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and crop images "
+                        "while this one encodes (default: 0, all in this one)")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
 
 
 def run(args: argparse.Namespace) -> None:
+    from vqt2i.config import build_config
+    from vqt2i.errors import UserError
     from vqt2i.generation.find import find_image_tokenizer
     from vqt2i.runtime import say
     from vqt2i.text import TextTokenizer
     from vqt2i.training.encode import encode_dataset, store_folder
     from vqt2i.training.run import DataConfig, open_dataset
 
-    dataset = open_dataset(DataConfig(path=args.data))
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: expected 0 or more")
+    data = build_config(DataConfig, {"path": args.data, "variants": args.variants}, "encode_dataset")
+    dataset = open_dataset(data)
     _, vq = find_image_tokenizer(args.vq, args.runs)
     tokenizer = TextTokenizer.load(args.text)
-    out = args.out or store_folder(dataset, vq, tokenizer)
-    store = encode_dataset(dataset, vq, tokenizer, tuple(args.splits.split(",")), out)
-    say(f"{store.folder}: " + ", ".join(f"{name} {n:,} samples" for name, n in store.spec.splits.items()))
+    out = args.out or store_folder(dataset, vq, tokenizer, data.variants)
+    splits = tuple(args.splits.split(","))
+    store = encode_dataset(dataset, vq, tokenizer, splits, out, variants=data.variants, n_workers=args.workers)
+    counts = [f"{name} {split.n_samples:,} samples" for name, split in store.spec.splits.items()]
+    say(f"{store.folder}: {', '.join(counts)}")

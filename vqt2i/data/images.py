@@ -1,15 +1,22 @@
 """Pixel conventions, here and nowhere else: models see float CHW in [-1, 1], files and people see uint8 HWC RGB."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+Variants = Literal["centre", "flip", "five-crop", "ten-crop"]
+_CROPS_AND_MIRRORED = {"centre": (1, False), "flip": (1, True), "five-crop": (5, False), "ten-crop": (5, True)}
+_CORNER_SHARE = 1 / 1.1  # of the side of the centred square, as LlamaGen (arXiv 2406.06525) crops it
 
-def to_tensor(image_HW3: np.ndarray) -> Tensor:
-    """uint8 (..., H, W, 3) to float32 (..., 3, H, W) in [-1, 1]."""
-    x = torch.from_numpy(np.ascontiguousarray(image_HW3)).movedim(-1, -3)
-    return x.float().div_(127.5).sub_(1.0)
+
+def to_tensor(image_HW3: np.ndarray | Tensor) -> Tensor:
+    """uint8 (..., H, W, 3) to contiguous float32 (..., 3, H, W) in [-1, 1]; a tensor stays on its device."""
+    x = image_HW3 if isinstance(image_HW3, Tensor) else torch.from_numpy(np.ascontiguousarray(image_HW3))
+    x = x.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return x.div_(127.5).sub_(1.0)
 
 
 def to_uint8(x_3HW: Tensor) -> np.ndarray:
@@ -20,12 +27,40 @@ def to_uint8(x_3HW: Tensor) -> np.ndarray:
 
 def fit_square(image_HW3: np.ndarray, size_px: int) -> np.ndarray:
     """Centre-crop to a square and resample (Lanczos) to `size_px`; an image that fits already is returned as it is."""
-    height, width = image_HW3.shape[:2]
-    if (height, width) == (size_px, size_px):
+    if image_HW3.shape[:2] == (size_px, size_px):
         return image_HW3
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
+    return _resampled(image_HW3, size_px, 1.0, 0, 0)
+
+
+def n_variants(variants: Variants) -> int:
+    """How many pictures are made of one: 1, 2, 5 or 10."""
+    n_crops, mirrored = _CROPS_AND_MIRRORED[variants]
+    return n_crops * (1 + mirrored)
+
+
+def fit_variant(image_HW3: np.ndarray, size_px: int, variants: Variants, index: int) -> np.ndarray:
+    """Variant `index` of an image, uint8 (size_px, size_px, 3): the crops first, then the same mirrored.
+
+    Crop 0 is `fit_square`, the others are the corners of that square, 1 / 1.1 of its side. Mirrored pictures need
+    captions that do not tell left from right.
+    """
+    n_crops, _ = _CROPS_AND_MIRRORED[variants]
+    mirror, crop = divmod(index, n_crops)
+    if crop:
+        bottom, right = divmod(crop - 1, 2)
+        image_HW3 = _resampled(image_HW3, size_px, _CORNER_SHARE, bottom, right)
+    else:
+        image_HW3 = fit_square(image_HW3, size_px)
+    return image_HW3[:, ::-1] if mirror else image_HW3
+
+
+def _resampled(image_HW3: np.ndarray, size_px: int, share: float, bottom: int, right: int) -> np.ndarray:
+    """Of the centred square, the corner with `share` of its side (bottom, right: 0 or 1), resampled to `size_px`."""
+    height, width = image_HW3.shape[:2]
+    square = min(height, width)
+    side = square * share
+    left, top = (width - square) // 2 + right * (square - side), (height - square) // 2 + bottom * (square - side)
     image = Image.fromarray(image_HW3).resize(
         (size_px, size_px), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
     )
-    return np.asarray(image)
+    return np.array(image)

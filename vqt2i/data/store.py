@@ -1,67 +1,151 @@
 """The token store: a data set as ids, memory-mapped, in random access.
 
-store.json                fingerprints of the data set and both tokenizers, grid, splits
-SPLIT.image_ids.npy       (samples, grid height, grid width), codes from 0
+store.json                fingerprints of both tokenizers, grid, variants, the shards that each split was made of
+SPLIT.image_ids.npy       (samples, variants, grid height, grid width), codes from 0
 SPLIT.text_ids.npy        all captions one after the other, whole (a reader truncates)
-SPLIT.text_ends.npy       (captions,) where each caption ends in text_ids
-SPLIT.caption_ends.npy    (samples,) where each sample's captions end in text_ends
+SPLIT.text_starts.npy     (captions + 1,) where each caption starts in text_ids; the last number is where they end
+SPLIT.caption_starts.npy  (samples + 1,) where each sample's captions start in text_starts; likewise
+
+It is made and compared shard by shard, for a data set grows by shards.
+
+B batch, S longest text, N samples, V variants, H W grid
 """
 
 import json
+import os
+import zipfile
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import PositiveInt
 
 from vqt2i.config import Config, build_config
+from vqt2i.data.images import Variants, n_variants
+from vqt2i.data.shards import SplitSpec
 from vqt2i.errors import ConfigError, DataError
+from vqt2i.files import write_atomic
 
 SPEC_NAME = "store.json"
-_ARRAYS = ("image_ids", "text_ids", "text_ends", "caption_ends")
+_ARRAYS = ("image_ids", "text_ids", "text_starts", "caption_starts")
 
 
 class StoreSpec(Config):
-    """What `store.json` says; `dataset`, `image_tokenizer` and `text_tokenizer` are fingerprints."""
+    """What `store.json` says; `image_tokenizer` and `text_tokenizer` are fingerprints.
 
-    format_version: Literal[1] = 1
-    dataset: str
+    languages: of the data set; they decide which captions a sample has.
+    splits: as in `data.json`; the shards' hashes say what was encoded.
+    """
+
+    format_version: Literal[2] = 2
     image_tokenizer: str
     text_tokenizer: str
+    languages: tuple[str, ...]
+    variants: Variants
     grid_height: PositiveInt
     grid_width: PositiveInt
-    splits: dict[str, PositiveInt]
+    splits: dict[str, SplitSpec]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(variants, grid height, grid width): the codes of one sample."""
+        return n_variants(self.variants), self.grid_height, self.grid_width
+
+    @property
+    def shards(self) -> dict[str, tuple[str, int, int]]:
+        """Where each shard's samples are, by its hash: split, first sample, and the one behind the last."""
+        found = {}
+        for name, split in self.splits.items():
+            first = 0
+            for shard in split.shards:
+                found[shard.sha256] = (name, first, first + shard.n_samples)
+                first += shard.n_samples
+        return found
+
+
+class TokenPart(NamedTuple):
+    """Samples in a row: codes, and all their captions one after the other."""
+
+    image_ids_NVHW: np.ndarray
+    text_ids: np.ndarray  # of all captions
+    text_lengths: np.ndarray  # of each caption
+    n_captions_N: np.ndarray
+
+
+def save_part(path: Path, part: TokenPart) -> None:
+    """Write a part to one file, atomically."""
+    buffer = BytesIO()
+    np.savez(buffer, **part._asdict())
+    write_atomic(path, buffer.getvalue())
+
+
+def load_part(path: Path) -> TokenPart:
+    """Read what `save_part` wrote.
+
+    Raises:
+        DataError: no such file, or a damaged one.
+    """
+    try:
+        with np.load(path) as arrays:
+            return TokenPart(**arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); is another process encoding the same store? "
+                        f"Remove {path.parent} and encode again") from None  # fmt: skip
 
 
 class TokenSplit:
-    """`split.image_ids(i)` and `split.texts(i)` of one split."""
+    """One split, read by whole batches. Pickled as its path: a worker process maps the files itself."""
 
     def __init__(self, folder: Path, name: str, n_samples: int) -> None:
+        self._arguments = (folder, name, n_samples)
         try:
-            arrays = [np.load(folder / f"{name}.{array}.npy", mmap_mode="r") for array in _ARRAYS]
+            # plain views: indexing np.memmap itself takes several times as long
+            arrays = [np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r")) for array in _ARRAYS]
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{folder}: damaged token store ({error}); remove it and encode again") from None
-        self._image_ids, self._text_ids, self._text_ends, self._caption_ends = arrays
-        if not len(self._image_ids) == len(self._caption_ends) == n_samples:
+        self._image_ids, self._text_ids, self._text_starts, self._caption_starts = arrays
+        if not len(self._image_ids) == len(self._caption_starts) - 1 == n_samples:
             raise DataError(f"{folder}: '{name}' holds {len(self._image_ids)} samples, {SPEC_NAME} says {n_samples}; "
                             "remove it and encode again")  # fmt: skip
+
+    def __reduce__(self) -> tuple:
+        return TokenSplit, self._arguments
 
     def __len__(self) -> int:
         return len(self._image_ids)
 
-    def image_ids(self, index: int) -> np.ndarray:
-        """int64 (grid height, grid width)."""
-        return self._image_ids[index].astype(np.int64)
+    @property
+    def n_variants(self) -> int:
+        return self._image_ids.shape[1]
 
-    def texts(self, index: int) -> list[list[int]]:
-        """Ids of every caption of sample `index`, all languages."""
-        first, last = self._span(self._caption_ends, index)
-        return [self._text_ids[slice(*self._span(self._text_ends, i))].tolist() for i in range(first, last)]
+    def image_ids(self, index_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray:
+        """Codes of one variant of each sample, int64 (B, H, W)."""
+        return self._image_ids[index_B, variant_B].astype(np.int64)
 
-    @staticmethod
-    def _span(ends: np.ndarray, index: int) -> tuple[int, int]:
-        return (int(ends[index - 1]) if index else 0), int(ends[index])
+    def texts(self, index_B: np.ndarray, draw_B: np.ndarray, text_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each sample the caption that `draw_B` in [0, 1) falls on, of all languages; none where it has none.
+
+        Returns ids, int64 (B, S = `text_length`), truncated or right-padded with zeros, and how many count, (B,).
+        """
+        first_B, behind_B = self._caption_starts[index_B], self._caption_starts[index_B + 1]
+        caption_B = first_B + (draw_B * (behind_B - first_B)).astype(np.int64)
+        next_B = np.minimum(caption_B + 1, behind_B)  # the same where there is no caption
+        start_B = self._text_starts[caption_B]
+        n_ids_B = np.minimum(self._text_starts[next_B] - start_B, text_length)
+        places_S = np.arange(text_length)
+        filled_BS = places_S < n_ids_B[:, None]
+        ids_BS = np.zeros(filled_BS.shape, np.int64)
+        ids_BS[filled_BS] = self._text_ids[(start_B[:, None] + places_S)[filled_BS]]
+        return ids_BS, n_ids_B
+
+    def part(self, first: int, behind: int) -> TokenPart:
+        """The samples from `first` up to `behind`, with everything that is known of them."""
+        captions = self._caption_starts[first : behind + 1]
+        texts = self._text_starts[captions[0] : captions[-1] + 1]
+        text_ids = self._text_ids[texts[0] : texts[-1]]
+        return TokenPart(self._image_ids[first:behind], text_ids, np.diff(texts), np.diff(captions))
 
 
 class TokenStore:
@@ -77,39 +161,68 @@ class TokenStore:
         try:
             spec = build_config(StoreSpec, json.loads(path.read_text(encoding="utf-8")), str(path))
         except (OSError, ValueError, ConfigError) as error:
-            raise DataError(f"{path}: cannot be read as a token store ({error}); "
-                            "make one with tools/encode_dataset.py") from None  # fmt: skip
+            raise DataError(f"{path}: cannot be read as a token store ({error}); remove the folder if there is one, "
+                            "and make the store with tools/encode_dataset.py") from None  # fmt: skip
         return cls(Path(folder), spec)
 
     def split(self, name: str) -> TokenSplit:
         if name not in self.spec.splits:
             raise DataError(f"{self.folder}: no split '{name}'; it has {', '.join(self.spec.splits)}")
-        return TokenSplit(self.folder, name, self.spec.splits[name])
+        return TokenSplit(self.folder, name, self.spec.splits[name].n_samples)
 
 
-class TokenSplitWriter:
-    """Collects one split: image ids into a memory-mapped array, captions in memory (a few bytes each)."""
+def image_id_dtype(n_image_ids: int) -> type[np.integer]:
+    """The smallest of uint16 and int32 that holds ids below `n_image_ids`."""
+    return np.uint16 if n_image_ids <= 2**16 else np.int32
 
-    def __init__(self, folder: Path, name: str, n_samples: int, grid: tuple[int, int], n_image_ids: int) -> None:
-        self._folder, self._name, self._row = folder, name, 0
-        dtype = np.uint16 if n_image_ids <= 2**16 else np.int32
-        path = folder / f"{name}.image_ids.npy"
-        self._image_ids = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(n_samples, *grid))
-        self._texts: list[list[int]] = []
-        self._caption_ends: list[int] = []
 
-    def add(self, image_ids_BHW: np.ndarray, texts_B: Iterable[list[list[int]]]) -> None:
-        """Append a batch of samples: codes and every caption's ids."""
-        self._image_ids[self._row : self._row + len(image_ids_BHW)] = image_ids_BHW
-        self._row += len(image_ids_BHW)
-        for texts in texts_B:
-            self._texts.extend(texts)
-            self._caption_ends.append(len(self._texts))
+def write_split(folder: Path, name: str, parts: Iterable[TokenPart], image_shape: tuple[int, int, int],
+                dtype: type[np.integer]) -> None:  # fmt: skip
+    """Write the arrays of one split, holding one part at a time. `image_shape`: as in `StoreSpec`."""
+    kinds = ((dtype, image_shape), (np.int32, ()), (np.int64, ()), (np.int64, ()))
+    arrays = [
+        _GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in zip(_ARRAYS, kinds, strict=True)
+    ]
+    image_ids, text_ids, text_starts, caption_starts = arrays
+    n_ids = n_captions = 0
+    text_starts.append(np.zeros(1))
+    caption_starts.append(np.zeros(1))
+    for part in parts:
+        image_ids.append(part.image_ids_NVHW)
+        text_ids.append(part.text_ids)
+        text_starts.append(n_ids + np.cumsum(part.text_lengths))
+        caption_starts.append(n_captions + np.cumsum(part.n_captions_N))
+        n_ids, n_captions = n_ids + len(part.text_ids), n_captions + len(part.text_lengths)
+    for array in arrays:
+        array.close()
 
-    def finish(self) -> None:
-        self._image_ids.flush()
-        ids = np.array([i for text in self._texts for i in text], np.int32)
-        ends = np.cumsum([len(text) for text in self._texts], dtype=np.int64)
-        arrays = (ids, ends, np.array(self._caption_ends, np.int64))
-        for array_name, array in zip(_ARRAYS[1:], arrays, strict=True):
-            np.save(self._folder / f"{self._name}.{array_name}.npy", array)
+
+class _GrowingArray:
+    """A `.npy` file written some rows at a time. Its header tells how many, so it is written again at the end.
+
+    NumPy pads the header for just that: any number of rows leaves it as long as it was.
+    """
+
+    def __init__(self, path: Path, dtype: type[np.integer], row_shape: tuple[int, ...]) -> None:
+        self._dtype, self._row_shape, self._n_rows = np.dtype(dtype), row_shape, 0
+        self._file = open(path, "wb")
+        self._write_header()
+
+    def append(self, rows: np.ndarray) -> None:
+        assert rows.shape[1:] == self._row_shape
+        self._file.write(np.ascontiguousarray(rows, self._dtype).data)
+        self._n_rows += len(rows)
+
+    def close(self) -> None:
+        end = self._file.tell()
+        self._file.seek(0)
+        self._write_header()
+        assert end == self._file.tell() + self._n_rows * self._dtype.itemsize * int(np.prod(self._row_shape))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _write_header(self) -> None:
+        shape = (self._n_rows, *self._row_shape)
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)

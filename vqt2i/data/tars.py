@@ -16,41 +16,60 @@ from typing import IO, Any
 
 from vqt2i.data.shards import is_language
 from vqt2i.data.sources import IMAGE_SUFFIXES, MAX_FILE_BYTES, Entries, Item, Rejection
+from vqt2i.errors import DataError
 
-TIMEOUT_S = 30
+TIMEOUT_S = 30.0
+UNOPENED, DAMAGED = "shard cannot be opened", "damaged shard"  # reasons that concern a whole tar
 _READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, http.client.HTTPException)
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Addresses from patterns such as `data-{000000..000003}.tar`."""
+    """Addresses from patterns such as `data-{000000..000003}.tar`.
+
+    Raises:
+        DataError: braces that do not close.
+    """
     from webdataset.shardlists import expand_urls
 
-    return [url for pattern in patterns for url in expand_urls(pattern)]
+    urls: list[str] = []
+    for pattern in patterns:
+        try:
+            urls += expand_urls(pattern)
+        except ValueError as error:
+            raise DataError(f"{pattern}: no pattern of addresses ({error}); "
+                            "expected one like data-{0000..0003}.tar") from None  # fmt: skip
+    return urls
 
 
-def tar_items(urls: Iterable[str], *, language: str, split: str | None) -> Entries:
+def is_remote(url: str) -> bool:
+    """Whether reading it may fail now and succeed later."""
+    return url.startswith(("http://", "https://"))
+
+
+def tar_items(urls: Iterable[str], *, language: str, split: str | None, timeout_s: float = TIMEOUT_S) -> Entries:
     """The samples of webdataset tars, in order; `KEY.txt` is in `language`, `KEY.LANG.txt` in LANG, `KEY.json` is meta.
 
-    A tar that cannot be opened, ends early or is damaged costs what lies behind the damage and is named.
+    A tar that cannot be opened, ends early, is damaged or sends nothing for `timeout_s` costs what lies behind and is
+    named: a rejection as `UNOPENED` or `DAMAGED`.
     """
     for url in urls:
         try:
-            stream = _open(url)
+            stream = _open(url, timeout_s)
         except _READ_ERRORS as error:
-            yield Rejection(url, "shard cannot be opened", str(error))
+            yield Rejection(url, UNOPENED, str(error))
             continue
         with closing(stream):
             for entry in _samples(stream, url):
                 yield entry if isinstance(entry, Rejection) else _item(*entry, url, language, split)
 
 
-def _open(url: str) -> IO[bytes]:
+def _open(url: str, timeout_s: float) -> IO[bytes]:
     scheme, separator, path = url.partition("://")
     if not separator or scheme == "file":
         return open(path if separator else url, "rb")
     if scheme not in ("http", "https"):
         raise ValueError(f"'{scheme}' addresses are not read; download the tar, or give a path or an http(s) address")
-    return urllib.request.urlopen(url, timeout=TIMEOUT_S)
+    return urllib.request.urlopen(url, timeout=timeout_s)
 
 
 class _WatchedTarInfo(tarfile.TarInfo):
@@ -96,7 +115,7 @@ def _samples(stream: IO[bytes], url: str) -> Iterator[tuple[str, dict[str, bytes
     except _READ_ERRORS as error:
         if files:
             yield key, files
-        yield Rejection(url, "damaged shard", f"after {n_members} members: {error}; what lies behind is lost")
+        yield Rejection(url, DAMAGED, f"after {n_members} members: {error}; what lies behind is lost")
 
 
 def _item(key: str, files: dict[str, bytes], url: str, language: str, split: str | None) -> Item | Rejection:

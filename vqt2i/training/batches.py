@@ -3,32 +3,30 @@
 B batch, S longest text
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vqt2i.data.images import fit_square, to_tensor
-from vqt2i.data.sampling import StepSampler, Visit
+from vqt2i.data.images import Variants, fit_variant, n_variants, to_tensor
+from vqt2i.data.sampling import LaneSampler, StepSampler, Visits, draw
 from vqt2i.data.shards import Split
 from vqt2i.data.store import TokenSplit
-from vqt2i.runtime import stream_seed
+from vqt2i.data.stream import Stream
+from vqt2i.errors import UserError
 from vqt2i.text import TextBatch, TextTokenizer, pad_texts
 
 
-class Sample(NamedTuple):
-    """An image (float (3, H, W) in [-1, 1]) or its codes (long (H, W)); the ids of one caption; a number in [0, 1)."""
-
-    image: Tensor | None
-    image_ids: Tensor | None
-    text_ids: list[int]
-    chance: float
-
-
 class Batch(NamedTuple):
-    """Samples together. `text` is None where texts were not asked for; `chance_B` draws the dropped conditions."""
+    """Samples together: images, float (B, 3, H, W) in [-1, 1], or their codes, long (B, H, W); one caption of each.
+
+    `text` is None where texts were not asked for; `chance_B` in [0, 1) draws the dropped conditions.
+    """
 
     image: Tensor | None
     image_ids: Tensor | None
@@ -37,30 +35,47 @@ class Batch(NamedTuple):
 
 
 class SampleSource(Protocol):
+    """What batches are made of.
+
+    batch: `text_length` ids of each caption, or no texts for None; `augment` draws one of the image's variants, else
+        it is the first, the plain one.
+    """
+
     def __len__(self) -> int: ...
-    def __getitem__(self, visit: Visit) -> Sample: ...
+    def batch(self, visits: Visits, text_length: int | None, *, augment: bool) -> Batch: ...
 
 
-class ImageSamples(Dataset):
-    """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language."""
+@dataclass(frozen=True)
+class ImageSamples:
+    """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language.
 
-    def __init__(self, split: Split, size_px: int, tokenizer: TextTokenizer | None, seed: int) -> None:
-        self.split, self.size_px, self.tokenizer, self.seed = split, size_px, tokenizer, seed
+    A stream is for training only: it has no length.
+    """
+
+    split: Split | Stream
+    size_px: int
+    tokenizer: TextTokenizer | None
+    seed: int
+    variants: Variants = "centre"
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, visit: Visit) -> Sample:
-        pair = self.split[visit.index]
-        rng = visit_rng(self.seed, visit)
-        texts = [text for captions in pair.captions.values() for text in captions] if self.tokenizer else []
-        # as in TokenSamples: the caption is the first thing drawn, so that both give the same ids
-        ids = self.tokenizer.encode(texts[rng.integers(len(texts))]) if texts else []
-        return Sample(to_tensor(fit_square(pair.image_HW3, self.size_px)), None, ids, rng.random())
+    def batch(self, visits: Visits, text_length: int | None, *, augment: bool) -> Batch:
+        caption_draw_B = draw("caption", self.seed, visits)
+        variant_B = _variants(n_variants(self.variants) if augment else 1, self.seed, visits)
+        images, texts = [], []
+        for index, u, variant in zip(visits.index_B.tolist(), caption_draw_B.tolist(), variant_B.tolist(), strict=True):
+            pair = self.split[index]
+            images.append(fit_variant(pair.image_HW3, self.size_px, self.variants, variant))
+            captions = [c for captions in pair.captions.values() for c in captions] if self.tokenizer else []
+            texts.append(self.tokenizer.encode(captions[int(u * len(captions))]) if captions else [])
+        text = None if text_length is None else pad_texts(texts, text_length)
+        return Batch(to_tensor(np.stack(images)), None, text, _chances(self.seed, visits))
 
 
-class TokenSamples(Dataset):
-    """Samples from a token store."""
+class TokenSamples:
+    """Samples from a token store: the codes and captions that `ImageSamples` of the same seed gives."""
 
     def __init__(self, split: TokenSplit, seed: int) -> None:
         self.split, self.seed = split, seed
@@ -68,55 +83,96 @@ class TokenSamples(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, visit: Visit) -> Sample:
-        rng = visit_rng(self.seed, visit)
-        texts = self.split.texts(visit.index)
-        ids = texts[rng.integers(len(texts))] if texts else []
-        return Sample(None, torch.from_numpy(self.split.image_ids(visit.index)), ids, rng.random())
+    def batch(self, visits: Visits, text_length: int | None, *, augment: bool) -> Batch:
+        variant_B = _variants(self.split.n_variants if augment else 1, self.seed, visits)
+        image_ids = torch.from_numpy(self.split.image_ids(visits.index_B, variant_B))
+        text = None
+        if text_length is not None:
+            texts = self.split.texts(visits.index_B, draw("caption", self.seed, visits), text_length)
+            text = TextBatch(*map(torch.from_numpy, texts))
+        return Batch(None, image_ids, text, _chances(self.seed, visits))
 
 
-def visit_rng(seed: int, visit: Visit) -> np.random.Generator:
-    """The random stream of one look at one sample: the same on every rank and in every worker."""
-    return np.random.default_rng(stream_seed("visit", seed, visit.index, visit.epoch))
+def _variants(n: int, seed: int, visits: Visits) -> np.ndarray:
+    return (draw("variant", seed, visits) * n).astype(np.int64)
 
 
-class Collate:
-    """Stacks samples; texts are truncated to `text_length` ids, or left out for None.
+def _chances(seed: int, visits: Visits) -> Tensor:
+    return torch.from_numpy(draw("chance", seed, visits))
 
-    A class and no closure: data loader workers pickle it.
+
+class BatchLoader(DataLoader):
+    """`read(key)` for each of `keys`, in order, in `n_workers` other processes (0: in this one).
+
+    Key i is read by worker i modulo `n_workers`.
     """
 
-    def __init__(self, text_length: int | None) -> None:
-        self.text_length = text_length
+    def __init__(self, read: Callable[[Any], Any], keys: Iterable[Any], n_workers: int = 0) -> None:
+        super().__init__(
+            _Reader(read),
+            batch_sampler=keys,
+            collate_fn=_as_it_is,
+            num_workers=n_workers,
+            pin_memory=torch.cuda.is_available(),
+            # or the workers' seeds would be taken from the global stream, and reading would change what training draws
+            generator=torch.Generator(),
+        )
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        def stack(values: list[Tensor | None]) -> Tensor | None:
-            return None if values[0] is None else torch.stack(values)
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
-        images, image_ids, texts, chances = zip(*samples, strict=True)
-        text = None if self.text_length is None else pad_texts(list(texts), self.text_length)
-        return Batch(stack(images), stack(image_ids), text, torch.tensor(chances))
+
+class _Reader:
+    """The data set that torch's loader sees: it asks for a whole batch by `__getitems__`.
+
+    A `UserError` goes to the main process as a value: torch would put the worker's traceback into its message.
+    """
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
+
+    def __getitems__(self, key: Any) -> Any:
+        try:
+            return self.read(key)
+        except UserError as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def training_loader(
     source: SampleSource, *, batch_size: int, n_steps: int, first_step: int, seed: int, text_length: int | None,
     n_workers: int, rank: int, n_ranks: int,
-) -> DataLoader:  # fmt: skip
-    """Batches for the steps from `first_step` on; this rank's share of each."""
-    sampler = StepSampler(
-        len(source), batch_size, n_steps, seed, first_step=first_step, rank=rank, n_ranks=n_ranks
-    )  # fmt: skip
-    return DataLoader(source, batch_sampler=sampler, collate_fn=Collate(text_length), num_workers=n_workers)
+) -> BatchLoader:  # fmt: skip
+    """Batches for the steps from `first_step` on; this rank's share of each.
+
+    The same seed and step give the same global batch, whatever was read before; on any number of ranks and workers, but
+    for streams only on the same number.
+    """
+    place = {"first_step": first_step, "rank": rank, "n_ranks": n_ranks}
+    if isinstance(source, ImageSamples) and isinstance(source.split, Stream):
+        block_size = source.split.config.block_size
+        sampler = LaneSampler(block_size, batch_size, n_steps, **place, n_workers=n_workers)
+        source = replace(source, split=source.split.in_lanes(sampler.n_lanes))
+    else:
+        sampler = StepSampler(len(source), batch_size, n_steps, seed, **place)
+    return BatchLoader(partial(source.batch, text_length=text_length, augment=True), sampler, n_workers)
 
 
 def validation_loader(
     source: SampleSource, *, batch_size: int, n_samples: int, text_length: int | None, rank: int, n_ranks: int
-) -> DataLoader:
+) -> BatchLoader:
     """The first `n_samples` of a split in order (fewer if it is shorter), dealt out to the ranks, always the same.
 
     Every rank gets as many, for ranks that gather from each other wait for each other: a remainder is left out.
     """
     n_per_rank = max(min(n_samples, len(source)) // n_ranks, 1)
-    visits = [Visit(index % len(source), 0) for index in range(rank, n_per_rank * n_ranks, n_ranks)]
-    batches = [visits[i : i + batch_size] for i in range(0, len(visits), batch_size)]
-    return DataLoader(source, batch_sampler=batches, collate_fn=Collate(text_length))
+    index = np.arange(rank, n_per_rank * n_ranks, n_ranks) % len(source)
+    batches = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
+    visits = [Visits(index_B, np.zeros_like(index_B)) for index_B in batches]
+    return BatchLoader(partial(source.batch, text_length=text_length, augment=False), visits)

@@ -14,10 +14,11 @@ from vqt2i.config import Config, build_config
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import say
 from vqt2i.text import TextTokenizer
-from vqt2i.training.batches import Batch, ImageSamples
+from vqt2i.training.batches import Batch
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
 
@@ -128,10 +129,7 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume, deepspeed: 
     }
     clip_config = build_config(CLIPConfig, values, "scorer")
     L.seed_everything(config.trainer.seed, verbose=False)
-    train, validation = (
-        ImageSamples(dataset.split(split), config.image_size_px, tokenizer, config.trainer.seed)
-        for split in (config.data.train_split, config.data.validation_split)
-    )
+    samples = image_samples(config.data, dataset, config.image_size_px, tokenizer, config.trainer.seed)
     tokenizer_card = {"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint}
     module = CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps)
     ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size)
@@ -140,7 +138,7 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume, deepspeed: 
         compile_for_training(module.clip.vision, module.clip.text)
     return fit(
         module,
-        StageData(train, validation, config.trainer, config.text_length),
+        StageData(*samples, config.trainer, config.text_length),
         run_config=config,
         model_config=clip_config,
         card=stage_card("clip", dataset, text_tokenizer=tokenizer_card),

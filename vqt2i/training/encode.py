@@ -1,81 +1,228 @@
-"""A data set into a token store: every image through the image tokenizer once, every caption through the text one."""
+"""A data set into a token store: every image through the image tokenizer once, every caption through the text one.
 
+B batch, V variants, H W pixels
+"""
+
+import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from vqt2i.data.images import fit_square, to_tensor
+from vqt2i.data.images import Variants, fit_variant, n_variants, to_tensor
 from vqt2i.data.shards import DataSet
-from vqt2i.data.store import SPEC_NAME, StoreSpec, TokenSplitWriter, TokenStore
+from vqt2i.data.store import (
+    SPEC_NAME,
+    StoreSpec,
+    TokenPart,
+    TokenStore,
+    image_id_dtype,
+    load_part,
+    save_part,
+    write_split,
+)
 from vqt2i.errors import DataError
-from vqt2i.files import new_folder, write_json
-from vqt2i.runtime import is_first_process, pick_device, progress
+from vqt2i.files import PARTIAL_PREFIX, new_folder, require_free, sha256_of_parts, write_json
+from vqt2i.runtime import counter, is_first_process, pick_device, say
 from vqt2i.text import TextTokenizer
+from vqt2i.training.batches import BatchLoader
 from vqt2i.vq import ImageTokenizer
 
 
-def store_spec(dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...]) -> StoreSpec:
-    """What the store of these three says."""
+def store_spec(
+    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], variants: Variants
+) -> StoreSpec:
+    """What the store of these says.
+
+    Raises:
+        DataError: a split that the data set does not have.
+    """
+    for name in splits:
+        if name not in dataset.spec.splits:
+            raise DataError(f"{dataset.folder}: no split '{name}'; it has {', '.join(dataset.spec.splits) or 'none'}")
     grid = vq.config.grid_size
     return StoreSpec(
-        dataset=dataset.fingerprint,
         image_tokenizer=vq.fingerprint,
         text_tokenizer=tokenizer.fingerprint,
+        languages=dataset.languages,
+        variants=variants,
         grid_height=grid,
         grid_width=grid,
-        splits={name: len(dataset.split(name)) for name in splits},
+        splits={name: dataset.spec.splits[name] for name in splits},
     )
 
 
-@torch.inference_mode()
 def encode_dataset(
     dataset: DataSet,
     vq: ImageTokenizer,
     tokenizer: TextTokenizer,
     splits: tuple[str, ...],
     out: Path,
+    *,
+    variants: Variants = "centre",
     batch_size: int = 64,
+    n_workers: int = 0,
 ) -> TokenStore:
-    """Write a token store; it appears whole or not at all. Images are fitted to the tokenizer's size.
+    """Write a token store, or bring the one in `out` up to date; it appears whole or not at all.
+
+    Images are fitted to the tokenizer's size. `n_workers` processes read and crop them (0: this one), this process
+    encodes, `batch_size` images at a time. A shard that the store in `out` holds already is copied (same SHA-256 in
+    `data.json`, same tokenizers, variants and languages), so a grown data set costs what is new; splits of it that were
+    not asked for stay. What is done is kept shard by shard beside `out`, and a call after a kill goes on there, to the
+    same bytes.
 
     Raises:
-        UserError: `out` is there already. DataError: a split that the data set does not have.
+        DataError: a split that the data set does not have; a store in `out` that shares no shard with the data set or
+            was made with other tokenizers, variants or languages. UserError: something else is in `out`.
     """
-    spec = store_spec(dataset, vq, tokenizer, splits)
-    device, grid, size_px = pick_device(), (spec.grid_height, spec.grid_width), vq.config.image_size_px
-    vq = vq.to(device)
-    with new_folder(out) as folder:
-        for name in splits:
-            split = dataset.split(name)
-            writer = TokenSplitWriter(folder, name, len(split), grid, vq.config.vocab_size)
-            batches = [range(i, min(i + batch_size, len(split))) for i in range(0, len(split), batch_size)]
-            for batch in progress(batches, f"encoding '{name}'", unit="batch"):
-                pairs = [split[i] for i in batch]
-                images = torch.stack([to_tensor(fit_square(pair.image_HW3, size_px)) for pair in pairs])
-                texts = [[tokenizer.encode(t) for texts in pair.captions.values() for t in texts] for pair in pairs]
-                writer.add(vq.encode(images.to(device)).cpu().numpy(), texts)
-            writer.finish()
+    held = TokenStore.open(out) if (out / SPEC_NAME).is_file() else None
+    if held:
+        splits = (*splits, *(name for name in held.spec.splits if name in dataset.spec.splits and name not in splits))
+    spec = store_spec(dataset, vq, tokenizer, splits, variants)
+    if held:
+        if held.spec == spec:
+            return held
+        _require_alike(held, spec)
+    else:
+        require_free(out)
+    work = out.with_name(f"{PARTIAL_PREFIX}{out.name}-{_short_name(spec)}")
+    known = held.spec.shards if held else {}
+    pending = {h: place for h, place in spec.shards.items() if h not in known and not _part_file(work, h).is_file()}
+    if len(pending) < len(spec.shards):
+        say(f"{out}: {len(spec.shards) - len(pending):,} of {len(spec.shards):,} shards are encoded already")
+    _encode_shards(pending, work, dataset, vq, tokenizer, variants, batch_size, n_workers)
+    held_splits = {name: held.split(name) for name in held.spec.splits} if held else {}
+
+    def part_of(shard_hash: str) -> TokenPart:
+        if shard_hash not in known:
+            return load_part(_part_file(work, shard_hash))
+        name, first, behind = known[shard_hash]
+        return held_splits[name].part(first, behind)
+
+    with new_folder(out, replace=held is not None) as folder:
+        for name, split in spec.splits.items():
+            parts = (part_of(shard.sha256) for shard in split.shards)
+            write_split(folder, name, parts, spec.image_shape, image_id_dtype(vq.config.vocab_size))
         write_json(folder / SPEC_NAME, spec.model_dump(mode="json"))
+    shutil.rmtree(work, ignore_errors=True)
     return TokenStore.open(out)
 
 
-def store_folder(dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer) -> Path:
-    """Where the store of these three is kept unless it is asked for elsewhere."""
-    return dataset.folder / f"store-{vq.fingerprint[:8]}-{tokenizer.fingerprint[:8]}"
+def _require_alike(held: TokenStore, spec: StoreSpec) -> None:
+    """Check that a store is of the same data set, grown or changed in part, and of the same tokenizers."""
+    for key in ("image_tokenizer", "text_tokenizer", "languages", "variants"):
+        found, expected = getattr(held.spec, key), getattr(spec, key)
+        if found != expected:
+            raise DataError(f"{held.folder}: encoded with {key} {found}, expected {expected}; "
+                            "choose another folder, or remove it to encode again")  # fmt: skip
+    if not held.spec.shards.keys() & spec.shards.keys():
+        raise DataError(f"{held.folder}: encoded from another data set: none of its shards is in this one; "
+                        "choose another folder, or remove it to encode again")  # fmt: skip
 
 
-def ensure_store(dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...]) -> TokenStore:
-    """The store of these three beside the data set: opened if it is there, else made by the first process."""
-    out = store_folder(dataset, vq, tokenizer)
-    if not (out / SPEC_NAME).is_file():
-        if is_first_process():
-            return encode_dataset(dataset, vq, tokenizer, splits, out)
-        while not (out / SPEC_NAME).is_file():
-            time.sleep(0.5)
-    store = TokenStore.open(out)
-    expected = store_spec(dataset, vq, tokenizer, splits)
-    held = {name: store.spec.splits.get(name) for name in expected.splits}
-    if store.spec.model_copy(update={"splits": held}) != expected:
-        raise DataError(f"{out}: encoded from another data set or other splits; remove it to encode again")
-    return store
+def _short_name(spec: StoreSpec) -> str:
+    """Of everything but the shards that decides what a sample's ids are."""
+    return sha256_of_parts(spec.image_tokenizer, spec.text_tokenizer, spec.variants, *spec.languages)[:16]
+
+
+def _part_file(work: Path, shard_hash: str) -> Path:
+    return work / f"{shard_hash}.npz"
+
+
+class _Pictures(NamedTuple):
+    """A batch as the workers make it: uint8 pixels and the ids of all captions."""
+
+    images_BVHW3: torch.Tensor
+    text_ids: np.ndarray
+    text_lengths: np.ndarray
+    n_captions_B: np.ndarray
+
+
+class _Reading:
+    """Samples of a split, by (split, indices). A class and no closure: data loader workers may pickle it."""
+
+    def __init__(self, dataset: DataSet, tokenizer: TextTokenizer, size_px: int, variants: Variants) -> None:
+        self.dataset, self.tokenizer, self.size_px, self.variants = dataset, tokenizer, size_px, variants
+
+    def __call__(self, key: tuple[str, range]) -> _Pictures:
+        split = self.dataset.split(key[0])
+        pairs = [split[index] for index in key[1]]
+        images = [
+            np.stack([fit_variant(pair.image_HW3, self.size_px, self.variants, v) for v in self._variants()])
+            for pair in pairs
+        ]
+        texts = [self.tokenizer.encode(t) for pair in pairs for texts in pair.captions.values() for t in texts]
+        return _Pictures(
+            torch.from_numpy(np.stack(images)),
+            np.array([i for ids in texts for i in ids], np.int32),
+            np.array([len(ids) for ids in texts], np.int64),
+            np.array([sum(map(len, pair.captions.values())) for pair in pairs], np.int64),
+        )
+
+    def _variants(self) -> range:
+        return range(n_variants(self.variants))
+
+
+@torch.inference_mode()
+def _encode_shards(
+    shards: dict[str, tuple[str, int, int]], work: Path, dataset: DataSet, vq: ImageTokenizer,
+    tokenizer: TextTokenizer, variants: Variants, batch_size: int, n_workers: int,
+) -> None:  # fmt: skip
+    """Write the part of each shard. No batch reaches into the next shard, so that a part is always the same."""
+    if not shards:
+        return
+    device, step = pick_device(), max(batch_size // n_variants(variants), 1)
+    vq = vq.to(device)
+    batches = {
+        shard_hash: [(name, range(i, min(i + step, behind))) for i in range(first, behind, step)]
+        for shard_hash, (name, first, behind) in shards.items()
+    }
+    for name, _, _ in shards.values():
+        dataset.split(name)  # indexed once here and not by every worker
+    reading = _Reading(dataset, tokenizer, vq.config.image_size_px, variants)
+    pictures = iter(BatchLoader(reading, [key for keys in batches.values() for key in keys], n_workers))
+    total = n_variants(variants) * sum(behind - first for _, first, behind in shards.values())
+    with counter("encoding", total, unit="images") as advance:
+        for shard_hash, keys in batches.items():
+            parts = []
+            for _ in keys:
+                batch = next(pictures)
+                images = batch.images_BVHW3.flatten(0, 1).to(device, non_blocking=True)  # a quarter of the floats
+                ids = vq.encode(to_tensor(images)).unflatten(0, batch.images_BVHW3.shape[:2])
+                ids = ids.cpu().numpy().astype(image_id_dtype(vq.config.vocab_size))
+                parts.append(TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B))
+                advance(len(images))
+            part = TokenPart(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            save_part(_part_file(work, shard_hash), part)
+
+
+def store_folder(
+    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, variants: Variants = "centre"
+) -> Path:
+    """Where the store of these is kept unless it is asked for elsewhere."""
+    ending = "" if variants == "centre" else f"-{variants}"
+    return dataset.folder / f"store-{vq.fingerprint[:8]}-{tokenizer.fingerprint[:8]}{ending}"
+
+
+def ensure_store(
+    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], *,
+    variants: Variants = "centre", n_workers: int = 0,
+) -> TokenStore:  # fmt: skip
+    """The store of these beside the data set, up to date: what it lacks is encoded by the first process.
+
+    Raises:
+        DataError: as `encode_dataset`.
+    """
+    out = store_folder(dataset, vq, tokenizer, variants)
+    if is_first_process():
+        return encode_dataset(dataset, vq, tokenizer, splits, out, variants=variants, n_workers=n_workers)
+    expected = store_spec(dataset, vq, tokenizer, splits, variants)
+    while True:
+        if (out / SPEC_NAME).is_file():
+            store = TokenStore.open(out)
+            held = {name: store.spec.splits.get(name) for name in splits}
+            if store.spec.model_copy(update={"splits": held}) == expected:
+                return store
+        time.sleep(0.5)

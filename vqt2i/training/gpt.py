@@ -6,7 +6,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from einops import rearrange
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from vqt2i.config import Config
@@ -18,12 +18,13 @@ from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
 from vqt2i.text import TextBatch, TextTokenizer
-from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
+from vqt2i.training.batches import Batch, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.plan import hardware_of, require_fits, setting_of
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
 from vqt2i.vq import ImageTokenizer
@@ -75,6 +76,12 @@ class GPTRunConfig(Config):
     trainer: TrainerConfig = TrainerConfig()
     sampling: SamplingConfig = SamplingConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _streams_are_images(self) -> "GPTRunConfig":
+        if self.data.stream and self.source == "store":
+            raise ValueError("data.stream is not kept, so it has no store: set source=images")
+        return self
 
     def model(self, sizes: TokenizerSizes, text_tokenizer: str, image_tokenizer: str) -> GPTConfig:
         """The GPT that is trained on ids of tokenizers of these sizes and fingerprints.
@@ -203,13 +210,13 @@ def train_gpt(
         precision=pick_precision(config.trainer.precision, device.type),
     )
     L.seed_everything(config.trainer.seed, verbose=False)
-    seed, splits = config.trainer.seed, (config.data.train_split, config.data.validation_split)
+    seed = config.trainer.seed
     if config.source == "store":
-        store = ensure_store(dataset, vq, tokenizer, splits)
-        train, validation = (TokenSamples(store.split(split), seed) for split in splits)
+        splits, variants = (config.data.train_split, config.data.validation_split), config.data.variants
+        store = ensure_store(dataset, vq, tokenizer, splits, variants=variants, n_workers=config.trainer.n_workers)
+        samples = tuple(TokenSamples(store.split(split), seed) for split in splits)
     else:
-        size = vq.config.image_size_px
-        train, validation = (ImageSamples(dataset.split(split), size, tokenizer, seed) for split in splits)
+        samples = image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
     gpt = GPT(gpt_config)
     gpt.start_from_codes(vq.quantizer.codes())
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)
@@ -218,7 +225,7 @@ def train_gpt(
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
         module,
-        StageData(train, validation, config.trainer, config.text_length),
+        StageData(*samples, config.trainer, config.text_length),
         run_config=config,
         model_config=gpt_config,
         card=stage_card(

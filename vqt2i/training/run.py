@@ -17,7 +17,9 @@ from torch import nn
 from vqt2i.checkpoint import read_card, save_model
 from vqt2i.config import Config
 from vqt2i.data.build import ensure_default_dataset
+from vqt2i.data.images import Variants
 from vqt2i.data.shards import DataSet
+from vqt2i.data.stream import StreamConfig
 from vqt2i.errors import ConfigError
 from vqt2i.files import write_json
 from vqt2i.runtime import Precision, is_first_process, pick_device, say
@@ -35,11 +37,24 @@ LIGHTNING_PRECISION: dict[Precision, Any] = {"fp32": "32-true", "bf16": "bf16-mi
 
 
 class DataConfig(Config):
-    """Where the pairs are."""
+    """Where the pairs are.
+
+    variants: pictures made of each for training, of which every visit draws one; "flip" and "ten-crop" mirror, so not
+        for captions that tell left from right. Validation sees the first, the centred square.
+    stream: to train on webdataset tars in passing, and on the data set in `path` only validate.
+    """
 
     path: Path = DEFAULT_DATASET
     train_split: str = "train"
     validation_split: str = "val"
+    variants: Variants = "centre"
+    stream: StreamConfig | None = None
+
+    @model_validator(mode="after")
+    def _validation_is_of_the_same_kind(self) -> "DataConfig":
+        if self.stream and self.path == DEFAULT_DATASET:
+            raise ValueError("a stream is for training; set path to a data set of the same kind to validate on")
+        return self
 
 
 class TrainerConfig(Config):

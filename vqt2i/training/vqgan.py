@@ -12,9 +12,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 
 from vqt2i.config import Config
-from vqt2i.training.batches import Batch, ImageSamples
+from vqt2i.training.batches import Batch
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
+from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
 from vqt2i.vq.autoencoder import ImageTokenizer
 from vqt2i.vq.config import ImageTokenizerConfig
@@ -172,14 +173,11 @@ def train_vqgan(config: VQGANRunConfig, runs: Path, *, resume: Resume) -> Path:
     """Train as configured and return the run's folder."""
     dataset = open_dataset(config.data)
     L.seed_everything(config.trainer.seed, verbose=False)
-    train, validation = (
-        ImageSamples(dataset.split(split), config.model.image_size_px, None, config.trainer.seed)
-        for split in (config.data.train_split, config.data.validation_split)
-    )
+    samples = image_samples(config.data, dataset, config.model.image_size_px, None, config.trainer.seed)
     module = VQGANModule(ImageTokenizer(config.model), config.training, config.trainer.max_steps)
     return fit(
         module,
-        StageData(train, validation, config.trainer, None),
+        StageData(*samples, config.trainer, None),
         run_config=config,
         model_config=config.model,
         card=stage_card("vqgan", dataset),

@@ -1,0 +1,57 @@
+"""Trainings on streams."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule
+
+from vqt2i.data.shards import DataSet, write_dataset
+from vqt2i.errors import ConfigError, DataError
+from vqt2i.training.clip import CLIPModule
+from vqt2i.training.gpt import GPTModule
+from vqt2i.training.vqgan import VQGANModule
+
+
+@pytest.fixture
+def stream(tiny_dataset: DataSet, tmp_path: Path) -> str:
+    """The setting of a stream of six shards."""
+    folder = write_dataset(tmp_path / "shards", {"train": tiny_dataset.split("train")}, shard_size=4).folder
+    urls = f"'{folder}/train-{{000000..000005}}.tar'"
+    return f"data.stream={{urls: {urls}, samples_per_shard: 4, shuffled_shards: 2}}"
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("stage", "module", "n_workers"),
+                         [("vqgan", VQGANModule, 2), ("gpt", GPTModule, 0), ("clip", CLIPModule, 1)])  # fmt: skip
+def test_a_streamed_run_that_was_interrupted_and_resumed_ends_with_the_same_weights(
+    stage: str, module: type[LightningModule], n_workers: int, stream: str, train, weights, monkeypatch, tmp_path: Path
+) -> None:
+    def stop(self, outputs, batch, batch_index) -> None:
+        if self.global_step == 7:
+            raise StopError
+
+    more = [stream, f"trainer.n_workers={n_workers}", *(["source=images"] if stage == "gpt" else [])]
+    whole = weights(train(stage, *more, runs=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(module, "on_train_batch_end", stop)
+        train(stage, *more)
+    resumed = weights(train(stage, *more, resume=True))
+    assert [name for name in whole if not torch.equal(resumed[name], whole[name])] == []
+
+
+def test_a_shard_that_is_missing_mid_run_is_told(stream: str, train, tmp_path: Path) -> None:
+    (tmp_path / "shards" / "train-000003.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000003\.tar: shard cannot be opened .*unreadable=skip"):
+        train("clip", stream)
+    train("clip", stream, "data.stream.unreadable=skip")
+
+
+def test_a_stream_needs_images_and_a_data_set_to_validate_on(stream: str, train) -> None:
+    with pytest.raises(ConfigError, match="set source=images"):
+        train("gpt", stream)
+    with pytest.raises(ConfigError, match="set path to a data set"):
+        train("clip", stream, "data.path=data/shapes")
