@@ -137,6 +137,18 @@ def test_a_folder_of_files_is_whole_only_with_all_of_them(tmp_path: Path) -> Non
     assert damage(folder) == "checkpoint/rank_1.pt is missing or cut short"
 
 
+def test_a_checkpoint_that_would_execute_something_is_not_loaded(train, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    run = train("clip", "trainer.max_steps=1")
+    torch.save({"state_dict": {}, "callbacks": Evil()}, checkpoint_path(run, 1))
+    with pytest.raises(CheckpointError, match=r"loading it would execute posix\.mkdir"):
+        train("clip", resume=checkpoint_path(run, 1))
+    assert not (tmp_path / "executed").exists()
+
+
 def test_one_checkpoint_can_be_gone_on_from_and_later_ones_are_set_aside(train, weights, capsys) -> None:
     run = train("gpt", "trainer.checkpoint_every_steps=2", "trainer.keep_last=9", "transformer.dropout=0.1")
     whole = weights(run)

@@ -64,6 +64,7 @@ class TrainerConfig(Config):
     accumulate: parts that a step's batch is read in, one after the other, where it does not fit the memory at once.
     validate_every_steps: also how often a picture is drawn. checkpoint_every_steps: how often a checkpoint and after it
         an export are written; null is with each validation. keep_last: checkpoints that stay, besides the best.
+    log_every_steps: how often a row is added to metrics.csv.
     max_nonfinite_steps: so many in a row whose loss or gradient is not finite end the run; each is skipped.
     rank_timeout_s: a rank that has waited so long for the others ends; longer than the first one takes for an export.
     """
