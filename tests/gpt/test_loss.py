@@ -35,7 +35,7 @@ def token_losses(gpt: GPT, text: list[int], image: list[int], order: str) -> dic
         ids, positions = [layout.i2t, *codes, layout.bot, *words], [mark, *coordinates, mark, *counted]
     x, cos_sin = gpt.embedding(torch.tensor([ids])), gpt.rotary(torch.tensor([positions]))
     below = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
-    logits = gpt.head(gpt.transformer(x, mask_B1LK=below, cos_sin=cos_sin))[0]
+    logits = gpt.head(gpt.transformer(x, mask_B1LK=below, cos_sin=cos_sin), slice(None))[0]
     found = {"text": [], "image": []}
     for at, target in enumerate(ids[1:]):
         if target >= layout.pad:

@@ -89,7 +89,7 @@ def test_each_head_scores_its_own_modality_only(make_gpt) -> None:
     hidden = gpt(gpt.layout.join(pad_texts(TEXTS, 5), images(4)))
     text, image = gpt.text_logits(hidden), gpt.image_logits(hidden)
     assert text.shape == (4, 14, 10 + 1) and image.shape == (4, 14, 6)
-    torch.testing.assert_close(torch.cat((text, image), dim=-1), gpt.head(hidden))
+    torch.testing.assert_close(torch.cat((text, image), dim=-1), gpt.head(hidden, slice(None)))
 
 
 @POSITIONS

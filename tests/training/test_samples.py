@@ -39,7 +39,7 @@ def test_a_streamed_run_that_was_interrupted_and_resumed_ends_with_the_same_weig
     with monkeypatch.context() as patch, pytest.raises(StopError):
         patch.setattr(module, "on_train_batch_end", stop)
         train(stage, *more)
-    resumed = weights(train(stage, *more, resume=True))
+    resumed = weights(train(stage, *more, resume="auto"))
     assert [name for name in whole if not torch.equal(resumed[name], whole[name])] == []
 
 
