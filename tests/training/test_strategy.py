@@ -44,7 +44,7 @@ def launch(tmp_path: Path, overrides: dict[str, list[str]], deepspeed: bool, dev
     values = {stage: [*overrides[stage], *STEPS, f"trainer.devices={devices}"] for stage in ("gpt", "clip")}
     values["gpt"] += FAIR
     job = json.dumps({"runs": str(runs), "deepspeed": deepspeed, "overrides": values})
-    subprocess.run([sys.executable, __file__, job], check=True, timeout=180)
+    subprocess.run([sys.executable, __file__, job], check=True, timeout=900)
     return runs
 
 

@@ -141,17 +141,7 @@ def fit(
         facts["config"] = run_config.model_dump(mode="json")  # the command may name a file that changes later
         save_model(path, module.export_model(), model_config, facts | ({"resumed_from": earlier} if earlier else {}))
 
-    # Lightning's advertisements and advice that does not apply to us; its real warnings stay
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*exists and is not empty.*",
-        ".*smaller than the logging interval.*",
-        ".*LeafSpec.*",
-        "You're resuming from a checkpoint that ended before the epoch.*",  # our batches follow from the step alone
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    _quiet_lightning()
     from_step = f" from step {start.step:,}" if start.checkpoint else ""
     say(f"training {name} into {folder}{from_step}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
         f"{config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
@@ -186,6 +176,20 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     say(f"done in {time.monotonic() - begun_seconds:.0f} s: {outputs.folder / 'model'}")
     return outputs.folder
+
+
+def _quiet_lightning() -> None:
+    """Hide Lightning's advertisements and advice that does not apply to us; its real warnings stay."""
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*",
+        "You're resuming from a checkpoint that ended before the epoch.*",  # our batches follow from the step alone
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def trainer_plugins(deepspeed: dict[str, Any] | None) -> list[Any]:
