@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from vqt2i.errors import ConfigError
+
 if TYPE_CHECKING:  # torch takes seconds to import and `--help` must not wait for it
     import torch
 
@@ -94,7 +96,13 @@ def pick_device(name: str = "auto") -> "torch.device":
 
 
 def pick_precision(name: Precision | Literal["auto"], device_type: str) -> Precision:
-    """The precision called `name`, or for "auto" the fastest."""
+    """The precision called `name`, or for "auto" the fastest.
+
+    Raises:
+        ConfigError: fp16 without CUDA, whose loss scaling and kernels it needs.
+    """
+    if name == "fp16" and device_type != "cuda":
+        raise ConfigError(f"precision fp16 needs a CUDA GPU, found {device_type}; take auto, fp32 or bf16")
     return fastest_precision(device_type) if name == "auto" else name
 
 

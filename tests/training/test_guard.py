@@ -171,7 +171,7 @@ def launch(overrides: dict[str, list[str]], tmp_path: Path):
         )  # fmt: skip
         started.append(process)
         run = tmp_path / "runs" / "clip"
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not checkpoints_in(run):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < end
@@ -188,7 +188,7 @@ def launch(overrides: dict[str, list[str]], tmp_path: Path):
 def test_a_signal_ends_the_run_with_a_checkpoint_and_one_exit_code(number: int, devices: int, launch) -> None:
     process, run = launch(f"trainer.devices={devices}")
     os.kill(process.pid, number)  # the first rank alone: it tells the other
-    _, told = process.communicate(timeout=180)
+    _, told = process.communicate(timeout=600)
     assert process.returncode == STOPPED, told
     assert "Traceback" not in told and f"{signal.Signals(number).name}: finishing the step" in told
     newest = checkpoints_in(run)[-1]
@@ -211,7 +211,7 @@ def test_when_a_rank_dies_the_other_ends_too(victim: int, launch) -> None:
     ranks = [process.pid, *second]
     assert len(ranks) == 2
     os.kill(ranks[victim], signal.SIGKILL)
-    process.communicate(timeout=180)  # until both have closed standard error
+    process.communicate(timeout=600)  # until both have closed standard error
     assert process.returncode != 0
     assert has_ended(ranks[1])
     assert damage(checkpoints_in(run)[-1]) is None

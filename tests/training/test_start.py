@@ -42,7 +42,7 @@ def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(
 ) -> None:
     settings = {name: [*overrides[name.split("-")[0]], *STEPS, *more] for name, more in MORE.items()}
     job = {"folder": str(tmp_path), "settings": settings, "kill_steps": kill_steps}
-    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=400)
+    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=900)
     for name in MORE:
         whole, resumed = (tmp_path / runs / name for runs in ("whole", "killed"))
         expected, found = weights(whole), weights(resumed)

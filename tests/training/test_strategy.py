@@ -52,7 +52,7 @@ def launch(
     values = {stage: [*overrides[stage], *STEPS, f"trainer.devices={devices}"] for stage in ("gpt", "clip")}
     values["gpt"] += FAIR
     given = json.dumps({"runs": str(runs), "deepspeed": deepspeed, "overrides": values, "job": job})
-    subprocess.run([sys.executable, __file__, given], check=True, timeout=240)
+    subprocess.run([sys.executable, __file__, given], check=True, timeout=900)
     return runs
 
 

@@ -169,6 +169,15 @@ def test_restarts_avoid_latents_that_have_a_code_already():
     assert quantizer.codebook.tolist() == [[1.0, 0.0], [0.0, 3.0]]
 
 
+@pytest.mark.parametrize("config", [EMA, GRADIENT])
+def test_latents_that_are_not_finite_do_not_stop_a_restart_nor_become_codes(config):
+    quantizer = make(config)  # all codes are dead
+    latents = latents_of(quantizer, features())
+    latents[::2] = float("nan")
+    quantizer._restart_dead_codes(latents)
+    assert quantizer.codebook.isfinite().all()
+
+
 def test_more_dead_codes_than_latents_restart_as_far_as_they_reach():
     quantizer = make(VQConfig(codebook_size=64, code_dim=4))
     quantizer.train()(features(batch=1))  # 15 latents

@@ -133,14 +133,12 @@ class StageData(L.LightningDataModule):
         )  # fmt: skip
 
 
-def require_possible(module: L.LightningModule, config: TrainerConfig, device: torch.device) -> None:
-    """Check that the settings suit the stage and the device.
+def require_possible(module: L.LightningModule, config: TrainerConfig) -> None:
+    """Check that the settings suit the stage.
 
     Raises:
         ConfigError: they do not.
     """
-    if config.precision == "fp16" and device.type != "cuda":
-        raise ConfigError(f"trainer.precision: fp16 needs a CUDA GPU, found {device.type}; take auto, fp32 or bf16")
     if not module.automatic_optimization and (config.precision == "fp16" or config.accumulate > 1):
         raise ConfigError(f"trainer: {type(module).__name__} has two optimizers and trains with precision fp32 or bf16 "
                           f"and accumulate 1; found {config.precision} and {config.accumulate}")  # fmt: skip
@@ -168,7 +166,7 @@ def fit(
     """
     config = data.config
     device = pick_device()
-    require_possible(module, config, device)
+    require_possible(module, config)
     start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed=deepspeed is not None)
     folder = start.folder
     if deepspeed is not None and is_first_process():
@@ -184,17 +182,7 @@ def fit(
         facts["config"] = run_config.model_dump(mode="json")  # the command may name a file that changes later
         save_model(path, module.export_model(), model_config, facts | ({"resumed_from": earlier} if earlier else {}))
 
-    # Lightning's advertisements and advice that does not apply to us; its real warnings stay
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*exists and is not empty.*",
-        ".*smaller than the logging interval.*",
-        ".*LeafSpec.*",
-        "You're resuming from a checkpoint that ended before the epoch.*",  # our batches follow from the step alone
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    _quiet_lightning()
     from_step = f" from step {start.step:,}" if start.checkpoint else ""
     say(f"training {name} into {folder}{from_step}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
         f"{config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
@@ -230,6 +218,20 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     say(f"done in {time.monotonic() - begun_seconds:.0f} s: {outputs.folder / 'model'}")
     return outputs.folder
+
+
+def _quiet_lightning() -> None:
+    """Hide Lightning's advertisements and advice that does not apply to us; its real warnings stay."""
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*",
+        "You're resuming from a checkpoint that ended before the epoch.*",  # our batches follow from the step alone
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def trainer_plugins(deepspeed: dict[str, Any] | None) -> list[Any]:

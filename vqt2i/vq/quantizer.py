@@ -120,6 +120,8 @@ class VectorQuantizer(nn.Module):
         if not len(dead):
             return
         codes_KD = self.codes()
+        # numbers that are none would stop the draw, on a GPU the process; the training step skips such an update
+        latents_ND = latents_ND.nan_to_num(0.0, 0.0, 0.0)
         errors_N = (latents_ND - codes_KD[nearest_codes(latents_ND, codes_KD)]).square().sum(-1)
         # seeded by the count of updates: the same draw on every rank, and after a resume
         generator = torch.Generator(latents_ND.device)
