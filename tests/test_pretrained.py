@@ -21,8 +21,8 @@ def test_the_shipped_weights_draw_single_objects_of_unseen_combinations(shipped:
     protocol = OracleProtocol(("single_unseen",), 20, 8, 3, shipped.config.sampling)
     accuracy = measure_oracle(shipped, protocol)["single_unseen"]
     # below what README reports for 100 prompts of 16 candidates by two standard errors, far above guessing (1 / 80)
-    assert accuracy["random"]["colour_shape"] > 0.4
-    assert accuracy["both"]["colour_shape"] > 0.65
+    assert accuracy["random"]["colour_shape"] > 0.6
+    assert accuracy["both"]["colour_shape"] > 0.8
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: "/".join(path.parts[-3:-1]))
