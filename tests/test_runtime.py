@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from vqt2i.runtime import counter, fastest_precision, pick_device, progress, say, stream_seed
+from vqt2i.runtime import counter, fastest_precision, matmul_rate, pick_device, progress, say, stream_seed
 
 
 def test_stream_seeds_depend_on_their_parts_alone() -> None:
@@ -37,3 +37,8 @@ def test_a_named_device_and_a_known_precision_are_picked() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert fastest_precision("cpu") in ("fp32", "bf16")
     assert fastest_precision("mps") == "fp32"
+
+
+def test_the_matmul_rate_is_measured_once_for_a_shape():
+    rate = matmul_rate("cpu", "fp32", (64, 64, 64))
+    assert rate > 1e6 and matmul_rate("cpu", "fp32", (64, 64, 64)) == rate
