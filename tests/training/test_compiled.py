@@ -13,13 +13,13 @@ def test_a_compiled_step_gives_the_loss_and_gradients_of_a_plain_one(make_gpt):
     assert shutil.which("g++") or shutil.which("clang++"), "torch.compile needs a C++ compiler: apt install g++"
     plain = make_gpt().train()
     compiled = copy.deepcopy(plain)
-    compile_for_training(compiled)
+    compiled_loss = compile_for_training(gpt_loss)
     layout = plain.layout
     text = pad_texts([[1, 2], [3]], layout.config.text_length)
     image_BI = torch.randint(layout.config.n_image_ids, (2, layout.image_length), generator=torch.Generator())
     losses = []
-    for gpt in (plain, compiled):
-        loss = gpt_loss(gpt, text, image_BI, 1, LossWeights())
+    for gpt, loss_of in ((plain, gpt_loss), (compiled, compiled_loss)):
+        loss = loss_of(gpt, text, image_BI, 1, LossWeights())
         loss.total.backward()
         losses.append(loss)
     for name in losses[0]._fields:
@@ -28,9 +28,7 @@ def test_a_compiled_step_gives_the_loss_and_gradients_of_a_plain_one(make_gpt):
         torch.testing.assert_close(actual.grad, expected.grad, msg=name)
 
 
-def test_without_a_compiler_training_goes_on_and_says_so(make_gpt, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    gpt = make_gpt()
-    compile_for_training(gpt)
-    assert gpt._compiled_call_impl is None
+    assert compile_for_training(gpt_loss) is gpt_loss

@@ -9,6 +9,7 @@ import sys
 
 from vqt2i import __version__
 from vqt2i.errors import UserError
+from vqt2i.runtime import keep_freed_memory
 
 VERBS = (
     "make_dataset",
@@ -27,6 +28,7 @@ VERBS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, or 2 for an error the user can mend (told without a traceback)."""
+    keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "--version"):
         _top_parser().parse_args(argv or ["--help"])

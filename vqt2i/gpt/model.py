@@ -75,7 +75,7 @@ class GPT(nn.Module):
     def forward(self, sequences: Sequences) -> Tensor:
         """Last hidden states (B, L, D) of whole sequences; `text_logits` and `image_logits` score slices of them."""
         x_BLD, cos_sin = self._embed(sequences)
-        return self.transformer(x_BLD, mask_B1LK=sequences.causal_mask(), cos_sin=cos_sin)
+        return self.transformer(x_BLD, mask_B1LK=sequences.causal_mask(), causal=True, cos_sin=cos_sin)
 
     def text_logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the text ids and EOT, (B, L, n_text_ids + 1)."""
@@ -96,7 +96,9 @@ class GPT(nn.Module):
         on = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if on else x_BLD.dtype
         cache = KVCache(self.config.transformer, len(x_BLD), length, device, dtype)
-        hidden = self.transformer(x_BLD, mask_B1LK=prefix.causal_mask(), cos_sin=cos_sin, cache=cache)
+        hidden = self.transformer(
+            x_BLD, mask_B1LK=prefix.causal_mask(), causal=True, cos_sin=cos_sin, cache=cache
+        )
         return self.image_logits(hidden[:, -1]), cache
 
     def step(self, image_B: Tensor, index: int, real_BP: Tensor, cache: KVCache) -> Tensor:

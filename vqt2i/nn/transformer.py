@@ -4,6 +4,7 @@ B batch, L sequence (queries), K keys, D width, N heads, H head width, A axes of
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqt2i.config import Config
+from vqt2i.nn.attention import causal_attention
 
 
 class TransformerConfig(Config):
@@ -113,7 +115,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x_BLD: Tensor, *, mask_B1LK: Tensor | None, cos_sin: tuple[Tensor, Tensor] | None, cache: KVCache | None
+        self,
+        x_BLD: Tensor,
+        *,
+        mask_B1LK: Tensor | None,
+        causal: bool = False,
+        cos_sin: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
     ) -> Tensor:
         qkv = self.qkv(x_BLD)
         q, k, v = rearrange(qkv, "b l (three n h) -> three b n l h", three=3, n=self.n_heads)
@@ -124,7 +132,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1LK, dropout_p=dropout)
+        if causal and x_BLD.device.type == "cpu" and not dropout:
+            y = causal_attention(q, k, v, mask_B1LK)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1LK, dropout_p=dropout)
         return self.out(rearrange(y, "b n l h -> b l (n h)"))
 
 
@@ -152,16 +163,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x_BLD: Tensor, *, mask_B1LK: Tensor | None, cos_sin: tuple[Tensor, Tensor] | None, cache: KVCache | None
-    ) -> Tensor:
-        y = self.attention(self.attention_norm(x_BLD), mask_B1LK=mask_B1LK, cos_sin=cos_sin, cache=cache)
-        x_BLD = x_BLD + self.dropout(y)
+    def forward(self, x_BLD: Tensor, **attention: Any) -> Tensor:
+        """attention: what `Attention` takes besides its input."""
+        x_BLD = x_BLD + self.dropout(self.attention(self.attention_norm(x_BLD), **attention))
         return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm; causal or not is the mask's matter.
+    """Blocks and a final norm; what sees what is the mask's matter.
 
     activation_checkpointing: set by training. Blocks keep no activations but their input, and compute them again for
         the backward pass (Chen et al. 2016).
@@ -188,17 +197,22 @@ class Transformer(nn.Module):
         x_BLD: Tensor,
         *,
         mask_B1LK: Tensor | None = None,
+        causal: bool = False,
         cos_sin: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """mask_B1LK: bool, true where a query may look; every query must see at least one key."""
+        """Hidden states (B, L, D) after the last norm.
+
+        Args:
+            mask_B1LK: bool, true where a query may look; every query must see at least one key.
+            causal: whether the mask is square and hides every later position, so that kernels may leave those out.
+        """
+        attention = {"mask_B1LK": mask_B1LK, "causal": causal, "cos_sin": cos_sin, "cache": cache}
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                x_BLD = checkpoint(
-                    block, x_BLD, mask_B1LK=mask_B1LK, cos_sin=cos_sin, cache=cache, use_reentrant=False
-                )
+                x_BLD = checkpoint(block, x_BLD, **attention, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, mask_B1LK=mask_B1LK, cos_sin=cos_sin, cache=cache)
+                x_BLD = block(x_BLD, **attention)
         if cache is not None:
             cache.n_filled += x_BLD.shape[1]
         return self.norm(x_BLD)

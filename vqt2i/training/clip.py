@@ -61,6 +61,9 @@ class CLIPModule(L.LightningModule):
     def __init__(self, clip: CLIP, config: CLIPTrainingConfig, max_steps: int) -> None:
         super().__init__()
         self.clip, self.config, self.max_steps = clip, config, max_steps
+        self.training_encoders = (clip.encode_image, clip.encode_text)
+        if config.compile:
+            self.training_encoders = tuple(map(compile_for_training, self.training_encoders))
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self._last_loss: Tensor | None = None
         self._last_n_pairs = 0
@@ -73,8 +76,8 @@ class CLIPModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        image_BE = self.clip.encode_image(batch.image)
-        text_BE = self.clip.encode_text(*batch.text)
+        encode_image, encode_text = self.training_encoders
+        image_BE, text_BE = encode_image(batch.image), encode_text(*batch.text)
         image_BE, text_BE, ids_BS = (self._gathered(x) for x in (image_BE, text_BE, batch.text.ids_BS))
         out = contrastive_loss(image_BE, text_BE, self.clip.logit_scale(), same_captions(ids_BS))
         self._last_loss, self._last_n_pairs = out.loss.detach(), len(image_BE)
@@ -134,8 +137,6 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume, deepspeed: 
     module = CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps)
     ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size)
     module.cpu_adam = wants_cpu_adam(ds_json)
-    if config.training.compile:
-        compile_for_training(module.clip.vision, module.clip.text)
     return fit(
         module,
         StageData(*samples, config.trainer, config.text_length),

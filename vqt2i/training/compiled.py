@@ -1,24 +1,26 @@
 """torch.compile for the training step only: validation and sampling stay eager, for their shapes vary."""
 
 import shutil
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import lightning as L
 import torch
-from torch import nn
 
 from vqt2i.runtime import say
 
+P, T = ParamSpec("P"), TypeVar("T")
 
-def compile_for_training(*modules: nn.Module) -> None:
-    """Compile each module's forward in place (about half a minute at the first step on a CPU).
 
-    Without a C++ compiler, which PyTorch needs on CPUs, training goes on uncompiled, and that is said.
+def compile_for_training(function: Callable[P, T]) -> Callable[P, T]:
+    """The function compiled (about half a minute at its first call on a CPU).
+
+    Without a C++ compiler, which PyTorch needs on CPUs, it stays as it is, and that is said.
     """
     if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
         say("compile: no C++ compiler (g++ or clang++) found; training without, about a third slower")
-        return
-    for module in modules:
-        module.compile(dynamic=False)
+        return function
+    return torch.compile(function, dynamic=False)
 
 
 class EagerValidation(L.Callback):

@@ -121,6 +121,7 @@ class GPTModule(L.LightningModule):
         super().__init__()
         gpt.transformer.activation_checkpointing = config.activation_checkpointing
         self.gpt, self.config, self.max_steps, self.sampling = gpt, config, max_steps, sampling
+        self.training_loss = compile_for_training(gpt_loss) if config.compile else gpt_loss
         self._frozen = (vq.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
 
     @property
@@ -139,7 +140,7 @@ class GPTModule(L.LightningModule):
         dropped = batch.chance_B < self.config.null_share
         dropped[:n_reversed] = False  # a caption to be predicted stays
         text = batch.text._replace(n_ids_B=batch.text.n_ids_B.masked_fill(dropped, 0))
-        loss = gpt_loss(self.gpt, text, self.image_ids(batch), n_reversed, self.config.loss)
+        loss = self.training_loss(self.gpt, text, self.image_ids(batch), n_reversed, self.config.loss)
         parts = {f"train/{k}": v.detach() for k, v in loss._asdict().items() if k == "total" or not v.isnan()}
         self.log_dict(parts | {"train/lr": self.optimizers().param_groups[0]["lr"]})
         return loss.total
@@ -220,8 +221,6 @@ def train_gpt(
     gpt = GPT(gpt_config)
     gpt.start_from_codes(vq.quantizer.codes())
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)
-    if config.training.compile:
-        compile_for_training(module.gpt)
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
         module,

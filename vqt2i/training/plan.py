@@ -129,7 +129,7 @@ def count_parameters(config: GPTConfig) -> Parameters:
 def training_flops(config: GPTConfig) -> int:
     """Floating-point operations of one sample's forward and backward pass: those of its matrix products.
 
-    The backward pass costs twice the forward pass. Attention counts whole rows, as the kernels with a mask compute.
+    The backward pass costs twice the forward pass. Attention counts whole rows, hidden or not.
     """
     t, layout = config.transformer, SequenceLayout(config.layout)
     length = layout.length - 1
@@ -145,8 +145,8 @@ def _scored(layout: SequenceLayout) -> tuple[tuple[int, int], tuple[int, int]]:
 def count_activations(
     config: GPTConfig, precision: Precision, *, autocast: bool, device: Literal["cuda", "cpu"]
 ) -> Activations:
-    """Bytes kept per sample, without torch.compile (which keeps less), and with attention's fused kernels (which CPUs
-    do not have for dropout: there it keeps more).
+    """Bytes kept per sample, without torch.compile (which keeps less), and without dropout in attention (which has no fused kernel
+    on CPUs: there it keeps more).
 
     Args:
         autocast: 16-bit products over fp32 weights (without DeepSpeed); else the weights have the precision too.
@@ -164,15 +164,16 @@ def count_activations(
         + 3 * width * c                    # q, k, v
         + (2 * width * norm if t.qk_norm and norm != c else 0)  # q and k in fp32
         + (2 * width * c if t.qk_norm or config.positions == "rotary" else 0)  # q and k as attention takes them
-        + length * c                       # the mask as attention takes it, added to the scores
-        + width * c + FP32 * t.n_heads     # attention's output, and its log-sum-exp
+        + width * c                        # attention's output
         + 4 * t.mlp_width * c              # gate, up, silu(gate), their product
         + FP32 * (2 + (2 * t.n_heads if t.qk_norm else 0))  # 1 / RMS of each norm
         + (2 * width if t.dropout else 0)  # masks
     )  # fmt: skip
     if device == "cpu":
-        # no fused norms: what is normalised is kept before it is scaled; attention's output is copied
-        per_position += n_norms * width * norm + width * c
+        # no fused norms: what is normalised is kept before it is scaled
+        per_position += n_norms * width * norm
+    else:
+        per_position += length * c + FP32 * t.n_heads  # the mask as attention takes it, and its log-sum-exp
     scored = _scored(layout)
     n_scored = sum(n for n, _ in scored)
     head = (

@@ -1,0 +1,41 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqt2i.nn.attention import BLOCK, causal_attention
+
+
+def inputs(length: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+    """q, k, v, (2, 3, length, 8) each, and a causal mask with padding at the left of the second row."""
+    generator = torch.Generator().manual_seed(length)
+    qkv = [torch.randn(2, 3, length, 8, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    mask = torch.ones(length, length, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[1, :, :, : length // 3] = False
+    return qkv, mask | torch.eye(length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
+def test_causal_attention_and_its_gradients_are_those_of_pytorchs_attention(length: int) -> None:
+    qkv, mask = inputs(length)
+    grad = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(0))
+    expected = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+    actual = causal_attention(*qkv, mask)
+    torch.testing.assert_close(actual, expected)
+    expected_grads = torch.autograd.grad(expected, qkv, grad)
+    for mine, theirs in zip(torch.autograd.grad(actual, qkv, grad), expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "bf16 in autocast"])
+def test_bf16_is_rounded_at_the_end_only(autocast: bool) -> None:
+    qkv, mask = inputs(BLOCK + 9, torch.bfloat16)
+    exact = F.scaled_dot_product_attention(*(x.float() for x in qkv), attn_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual = causal_attention(*qkv, mask)
+    torch.testing.assert_close(actual, exact.bfloat16(), rtol=2**-8, atol=1e-6)
+
+
+def test_it_follows_pytorchs_rules_for_operators() -> None:
+    qkv, mask = inputs(BLOCK + 1)
+    torch.library.opcheck(causal_attention, (*qkv, mask))
