@@ -89,8 +89,8 @@ def stream_seed(*parts: object) -> int:
 def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, for its next tensors, where the C library is glibc.
 
-    By itself glibc gives large blocks back to the system at once, and the page faults of fresh ones cost a training step
-    on a CPU a tenth of its time (mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
+    By itself glibc gives large blocks back to the system at once, and the page faults of fresh ones cost a training
+    step of a 111 M model a tenth of its time (mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,19 +14,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--text-length", type=int, default=120, metavar="N", help="default: 120")
     data.add_argument("--workers", type=int, default=0, metavar="N", help="default: 0, all in this process")
     data.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long to measure (default: 10)")
+    data.set_defaults(run=_data)
+
+    train = parts.add_parser("train", help="training steps a second of a GPT, beside transformers' Llama of its size")
+    train.add_argument(
+        "--config", type=Path, default=Path("configs/gpt/llamagen_b.yaml"), metavar="FILE",
+        help="a GPT with `sizes` (default: configs/gpt/llamagen_b.yaml, 111 M parameters); dropout is left out",
+    )  # fmt: skip
+    train.add_argument("--text-ids", type=int, metavar="N", help="another text vocabulary than the configuration's")
+    train.add_argument("--batch-size", type=int, default=4, metavar="N", help="default: 4")
+    train.add_argument("--precision", choices=("fp32", "bf16"), help="default: one after the other")
+    train.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each, in turns (default: 5)")
+    train.add_argument("--no-compile", action="store_true", help="time plain PyTorch only")
+    train.set_defaults(run=_train)
 
 
 def run(args: argparse.Namespace) -> None:
+    args.run(args)
+
+
+def _require_at_least(args: argparse.Namespace, **least: float) -> None:
     from vqt2i.errors import UserError
+
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {bound} or more")
+
+
+def _data(args: argparse.Namespace) -> None:
     from vqt2i.training.benchmark import measure_store
 
-    for name, least in (("batch_size", 1), ("text_length", 1), ("workers", 0), ("seconds", 0.01)):
-        if getattr(args, name) < least:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {getattr(args, name)}: expected {least} or more")
+    _require_at_least(args, batch_size=1, text_length=1, workers=0, seconds=0.01)
     rate = measure_store(
         args.store, args.split, batch_size=args.batch_size, text_length=args.text_length, n_workers=args.workers,
         seconds=args.seconds,
     )  # fmt: skip
     print(f"{rate.median:,.0f} sequences/s (median of {rate.n}; {rate.lowest:,.0f} to {rate.highest:,.0f}), "
           f"batches of {args.batch_size}")  # fmt: skip
+
+
+def _train(args: argparse.Namespace) -> None:
+    import torch
+
+    from vqt2i.config import load_config
+    from vqt2i.errors import ConfigError
+    from vqt2i.runtime import pick_device
+    from vqt2i.training.compare import compare_training
+    from vqt2i.training.gpt import GPTRunConfig
+    from vqt2i.training.plan import count_parameters
+
+    _require_at_least(args, text_ids=1, batch_size=1, rounds=1)
+    config = load_config(GPTRunConfig, args.config)
+    if config.sizes is None:
+        raise ConfigError(f"{args.config}: sizes is null; a benchmark needs it, for it reads no tokenizers")
+    sizes = config.sizes.model_copy(update={"n_text_ids": args.text_ids or config.sizes.n_text_ids})
+    config = config.model_copy(update={
+        "sizes": sizes, "transformer": config.transformer.model_copy(update={"dropout": 0.0}),
+    })  # fmt: skip
+    gpt, device = config.model(sizes, "none", "none"), pick_device()
+    print(f"{count_parameters(gpt).total / 1e6:,.1f} M parameters, {sizes.n_text_ids:,} text and {sizes.n_image_ids:,} "
+          f"image ids, {config.text_length} + {sizes.grid_height * sizes.grid_width} tokens, batches of "
+          f"{args.batch_size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    for precision in (args.precision,) if args.precision else ("fp32", "bf16"):
+        found = compare_training(
+            gpt, precision, batch_size=args.batch_size, loss=config.training.loss, n_rounds=args.rounds,
+            n_reversed=round(config.training.reversed_share * args.batch_size), compiled=not args.no_compile,
+            device=device,
+        )  # fmt: skip
+        print(f"{precision}: matrix products run at {found.matmul_rate / 1e9:,.0f} GFLOP/s here")
+        _print_timings(found.timings, found.n_tokens, "tokens", "vqt2i", "transformers")
+        best = min(timing.median for name, timing in found.timings.items() if name.startswith("vqt2i"))
+        print(f"  vqt2i at its best: {found.flops / best / found.matmul_rate:.0%} of the rate of matrix products")
+
+
+def _print_timings(timings: dict[str, Any], n_units: int, unit: str, ours: str, theirs: str) -> None:
+    """A line for each contestant, and one for each pair of ours and theirs."""
+    for name, timing in timings.items():
+        print(f"  {name:24} {timing.median:8.3f} s  {n_units / timing.median:10,.1f} {unit}/s")
+    for mine in (name for name in timings if name.startswith(ours)):
+        for other in (name for name in timings if name.startswith(theirs)):
+            middle, lowest, highest = timings[mine].times_as_fast_as(timings[other])
+            print(f"  {mine} : {other} = {middle:.2f} x ({lowest:.2f} to {highest:.2f})")

@@ -145,8 +145,8 @@ def _scored(layout: SequenceLayout) -> tuple[tuple[int, int], tuple[int, int]]:
 def count_activations(
     config: GPTConfig, precision: Precision, *, autocast: bool, device: Literal["cuda", "cpu"]
 ) -> Activations:
-    """Bytes kept per sample, without torch.compile (which keeps less), and without dropout in attention (which has no fused kernel
-    on CPUs: there it keeps more).
+    """Bytes kept per sample, without torch.compile (which keeps less), and without dropout in attention (for which CPUs
+    have no kernel that keeps as little).
 
     Args:
         autocast: 16-bit products over fp32 weights (without DeepSpeed); else the weights have the precision too.

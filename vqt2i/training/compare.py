@@ -1,0 +1,154 @@
+"""Our models beside other projects' of the same size, timed in turns on the machine at hand."""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from vqt2i.errors import ConfigError
+from vqt2i.gpt import GPT, GPTConfig, LossWeights, gpt_loss
+from vqt2i.runtime import Precision, matmul_rate
+from vqt2i.text import TextBatch
+from vqt2i.training.compiled import compile_for_training
+from vqt2i.training.optim import OptimizerConfig, build_adamw
+from vqt2i.training.plan import training_flops
+
+
+class Timing(NamedTuple):
+    """Seconds of each round, in the order of the rounds."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def times_as_fast_as(self, other: "Timing") -> tuple[float, float, float]:
+        """Seconds of `other` over ours: median, lowest and highest of the rounds."""
+        ratios = [theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def time_in_turns(jobs: dict[str, Callable[[], Any]], n_rounds: int, device: torch.device) -> dict[str, Timing]:
+    """Run each job once unmeasured, and then in turns, `n_rounds` times each.
+
+    What else happens on the machine then touches all jobs alike, and the ratio of their times little.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for round_ in range(n_rounds + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            if round_ > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+class TrainingComparison(NamedTuple):
+    """Of one precision. flops, n_tokens: of a step of our GPT. matmul_rate: FLOP/s of this machine."""
+
+    precision: Precision
+    matmul_rate: float
+    flops: float
+    n_tokens: int
+    timings: dict[str, Timing]
+
+
+def compare_training(
+    config: GPTConfig, precision: Precision, *, batch_size: int, n_reversed: int, loss: LossWeights, n_rounds: int,
+    compiled: bool, device: torch.device,
+) -> TrainingComparison:  # fmt: skip
+    """Time forward pass, backward pass and fused AdamW of our GPT and of the Llama in `transformers`.
+
+    Llama has the width, depth, heads, MLP, number of ids and sequence length of ours. It scores every id at every
+    position, as a model of one vocabulary does; ours scores text and image apart, and norms queries and keys. No text
+    is padded.
+
+    Args:
+        compiled: time both with torch.compile too.
+
+    Raises:
+        ConfigError: `transformers` is not installed.
+    """
+    contestants = {
+        "vqt2i": _gpt_step(config, batch_size, n_reversed, loss, device),
+        "transformers": _llama_step(config, batch_size, device),
+    }
+    jobs = {}
+    for name, (model, loss_of) in contestants.items():
+        optimizer = build_adamw(model, OptimizerConfig())
+        jobs[name] = _training_step(loss_of, optimizer, autocast(device, precision))
+        if compiled:
+            jobs[f"{name}, compiled"] = _training_step(
+                compile_for_training(loss_of), optimizer, autocast(device, precision)
+            )
+    layout = contestants["vqt2i"][0].layout
+    return TrainingComparison(
+        precision,
+        matmul_rate(device.type, precision),
+        batch_size * training_flops(config),
+        batch_size * layout.length,
+        time_in_turns(jobs, n_rounds, device),
+    )
+
+
+def autocast(device: torch.device, precision: Precision) -> Callable[[], AbstractContextManager]:
+    """Makes the context that Lightning computes a loss in."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return lambda: torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def _training_step(
+    loss_of: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, context: Callable[[], AbstractContextManager]
+) -> Callable[[], None]:
+    def step() -> None:
+        with context():
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _gpt_step(
+    config: GPTConfig, batch_size: int, n_reversed: int, weights: LossWeights, device: torch.device
+) -> tuple[GPT, Callable[[], torch.Tensor]]:
+    with device:
+        gpt = GPT(config)
+        layout = config.layout
+        text = TextBatch(
+            torch.randint(layout.n_text_ids, (batch_size, layout.text_length)),
+            torch.full((batch_size,), layout.text_length),
+        )
+        image_BI = torch.randint(layout.n_image_ids, (batch_size, gpt.layout.image_length))
+    return gpt, lambda: gpt_loss(gpt, text, image_BI, n_reversed, weights).total
+
+
+def _llama_step(
+    config: GPTConfig, batch_size: int, device: torch.device
+) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ConfigError("benchmark train compares with `transformers`, which is not installed; "
+                          "pip install 'vqt2i[benchmark]'") from error  # fmt: skip
+    with torch.device("meta"):
+        layout = GPT(config).layout
+    size = config.transformer
+    with device:
+        llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=layout.n_ids, max_position_embeddings=layout.length, hidden_size=size.width,
+                intermediate_size=size.mlp_width, num_hidden_layers=size.n_layers, num_attention_heads=size.n_heads,
+                tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
+            )
+        )  # fmt: skip
+        ids_BL = torch.randint(layout.n_ids, (batch_size, layout.length - 1))
+    return llama.train(), lambda: llama(input_ids=ids_BL, labels=ids_BL).loss
