@@ -23,15 +23,17 @@ from vqt2i.data.shards import DataSet
 from vqt2i.data.stream import StreamConfig
 from vqt2i.errors import ConfigError
 from vqt2i.files import write_json
-from vqt2i.runtime import Precision, is_first_process, pick_device, say
+from vqt2i.runtime import Precision, is_first_process, pick_device, say, step_bar
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
-from vqt2i.training.callbacks import Outputs, StepReport
+from vqt2i.training.callbacks import Outputs
 from vqt2i.training.checkpoints import CheckpointFile, RandomStates
 from vqt2i.training.compiled import EagerValidation
 from vqt2i.training.guard import StepGuard
 from vqt2i.training.metrics import MetricsLogger
 from vqt2i.training.start import Resume, Start, begin_run
 from vqt2i.training.strategy import build_strategy
+from vqt2i.training.throughput import StepReport
+from vqt2i.training.views import ViewName, open_views, require_views
 
 DEFAULT_DATASET = Path("data/shapes")
 LIGHTNING_PRECISION: dict[Precision, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -65,7 +67,8 @@ class TrainerConfig(Config):
     accumulate: parts that a step's batch is read in, one after the other, where it does not fit the memory at once.
     validate_every_steps: also how often a picture is drawn. checkpoint_every_steps: how often a checkpoint and after it
         an export are written; null is with each validation. keep_last: checkpoints that stay, besides the best.
-    log_every_steps: how often a row is added to metrics.csv.
+    log_every_steps: how often a row is added to metrics.csv. log_to: where else it goes, with throughput and pictures;
+        "wandb" is configured by its environment variables (WANDB_MODE=offline, WANDB_PROJECT).
     max_nonfinite_steps: so many in a row whose loss or gradient is not finite end the run; each is skipped.
     rank_timeout_s: a rank that has waited so long for the others ends; longer than the first one takes for an export.
     """
@@ -83,6 +86,7 @@ class TrainerConfig(Config):
     checkpoint_every_steps: PositiveInt | None = None
     keep_last: PositiveInt = 2
     log_every_steps: PositiveInt = 20
+    log_to: tuple[ViewName, ...] = ("tensorboard",)
     max_nonfinite_steps: PositiveInt = 20
     rank_timeout_s: PositiveInt = 1800
 
@@ -168,6 +172,7 @@ def fit(
     config = data.config
     device = pick_device()
     require_possible(module, config)
+    require_views(config.log_to)
     start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed=deepspeed is not None)
     if deepspeed is not None and is_first_process():
         write_json(start.folder / "deepspeed.json", deepspeed)  # before Lightning completes it
@@ -177,23 +182,26 @@ def fit(
     say(f"training {name} into {start.folder}{from_step}: {config.max_steps:,} steps of {config.batch_size}, "
         f"{precision} on {config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} "
         "parameters")  # fmt: skip
+    views = open_views(config.log_to, start, run_config.model_dump(mode="json"))
     guard = StepGuard(start.folder, config.max_nonfinite_steps)
     outputs = Outputs(
         start, exporter(module, start, run_config, model_config, card), guard,
-        every_steps=config.checkpoint_every_steps, keep_last=config.keep_last, best_by=module.best_by,
+        every_steps=config.checkpoint_every_steps, keep_last=config.keep_last, best_by=module.best_by, views=views,
     )  # fmt: skip
     timeout = timedelta(seconds=config.rank_timeout_s)
-    trainer = build_trainer(
-        config, device, precision,
-        strategy=build_strategy(
-            device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
-        ),
-        plugins=trainer_plugins(deepspeed),
-        logger=MetricsLogger(start.folder),
-        callbacks=[StepReport(config.batch_size), RandomStates(), guard, outputs, EagerValidation()],
-        gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+    with step_bar(name, config.max_steps) as show:
+        report = StepReport(config.batch_size // config.accumulate, precision, views, show)
+        trainer = build_trainer(
+            config, device, precision,
+            strategy=build_strategy(
+                device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
+            ),
+            plugins=trainer_plugins(deepspeed),
+            logger=[MetricsLogger(start.folder), *views],
+            callbacks=[report, RandomStates(), guard, outputs, EagerValidation()],
+            gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     say(f"done in {time.monotonic() - begun_seconds:.0f} s: {outputs.folder / 'model'}")
     return outputs.folder
 
