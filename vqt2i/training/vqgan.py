@@ -95,13 +95,12 @@ class VQGANModule(L.LightningModule):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-        # as a tensor, for Lightning would copy a float to the GPU and wait for it
-        logs = {"train/lr": torch.tensor(learning_rate)}
         adversarial_now = self.discriminator_started
 
         out = self.model(x)
         loss, parts = self._tokenizer_loss(x, out, adversarial_now)
-        logs |= parts
+        # the rate as a tensor, for Lightning would copy a float to the GPU and wait for it
+        logs = {"train/loss": loss.detach(), **parts, "train/lr": torch.tensor(learning_rate)}
         self._update(optimizers[0], self.model, loss + out.quantizer_loss)
         self._average(step)
         if adversarial_now:
@@ -109,7 +108,6 @@ class VQGANModule(L.LightningModule):
             logs |= {"train/discriminator": loss_critic.detach()}
             self._update(optimizers[1].optimizer, self.discriminator, loss_critic)
         self.log_dict(logs)
-        self.log("train/loss", loss.detach(), prog_bar=True)
         self._watch_codebook(out)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -125,8 +123,8 @@ class VQGANModule(L.LightningModule):
         self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=len(x))
 
     def on_train_start(self) -> None:
-        # on all ranks: the adaptive weight is joint
-        self._flops = [self._count_flops(adversarial) for adversarial in (False, True)[: 1 + bool(self.discriminator)]]
+        phases = [False] if self.discriminator is None else [False, True]
+        self._flops = [self._count_flops(adversarial) for adversarial in phases]  # on all ranks: adaptive_weight waits
 
     def sample_work(self) -> SampleWork:
         return SampleWork("images", None, self._flops[self.discriminator_started])
