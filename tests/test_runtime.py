@@ -39,9 +39,8 @@ def test_a_named_device_and_a_known_precision_are_picked() -> None:
     assert fastest_precision("mps") == "fp32"
 
 
-def test_the_peak_of_memory_holds_what_was_allocated() -> None:
-    held = torch.ones(2**26)  # 256 MiB
-    assert peak_memory(held.device) > held.nbytes
+def test_the_peak_of_memory_is_in_bytes() -> None:
+    assert 2**26 < peak_memory(torch.device("cpu")) < 2**38  # PyTorch alone takes more than 64 MiB
 
 
 def test_the_matmul_rate_leaves_the_random_stream_where_it_is() -> None:

@@ -78,8 +78,9 @@ def test_the_flops_of_a_scorer_are_those_of_its_matrices() -> None:
     for tower, length in ((vision, 16), (text, 8)):  # a learned vector stands before the text
         block = 2 * length * (4 * tower.width**2 + 3 * tower.width * tower.mlp_width) + 4 * length**2 * tower.width
         forward += tower.n_layers * block + 2 * tower.width * 12
-    patches = 2 * 16 * (3 * 4**2) * 32
+    patches, drawn = 2 * 16 * (3 * 4**2) * 32, torch.get_rng_state()
     assert clip_flops(config) == 3 * forward + 2 * patches  # pictures need no gradient
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_counting_the_flops_of_an_image_tokenizer_changes_nothing() -> None:

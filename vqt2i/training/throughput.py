@@ -18,8 +18,8 @@ LIVE_SECONDS, LINE_SECONDS = 2.0, 15.0  # between two readings of the losses: th
 class SampleWork(NamedTuple):
     """What one training sample costs. unit: what samples are.
 
-    tokens: positions of its sequence (text, padding, marks, image); None where it is no sequence. flops: of its forward
-    and backward pass, counted once even where activation checkpointing computes them again.
+    tokens: positions of its sequence (text, padding, marks, image); None where it is no sequence. flops: of the forward
+    and backward pass of what is trained, counted once even where activation checkpointing computes them again.
     """
 
     unit: str
