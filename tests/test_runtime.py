@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from vqt2i.runtime import counter, fastest_precision, matmul_rate, pick_device, progress, say, stream_seed
+from vqt2i.runtime import counter, fastest_precision, matmul_rate, peak_memory, pick_device, progress, say, stream_seed
 
 
 def test_stream_seeds_depend_on_their_parts_alone() -> None:
@@ -37,6 +37,16 @@ def test_a_named_device_and_a_known_precision_are_picked() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert fastest_precision("cpu") in ("fp32", "bf16")
     assert fastest_precision("mps") == "fp32"
+
+
+def test_the_peak_of_memory_is_in_bytes() -> None:
+    assert 2**26 < peak_memory(torch.device("cpu")) < 2**38  # PyTorch alone takes more than 64 MiB
+
+
+def test_the_matmul_rate_leaves_the_random_stream_where_it_is() -> None:
+    before = torch.get_rng_state()
+    matmul_rate("cpu", "fp32", (32, 32, 32))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_matmul_rate_is_measured_once_for_a_shape():

@@ -51,6 +51,30 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f} {self.unit}/s")
 
 
+class _StepProgress(Progress):
+    """A bar, and below it what the steps have come to."""
+
+    def get_renderables(self) -> Iterator[Any]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["facts"], no_wrap=False, overflow="fold") for task in self.tasks)
+
+
+@contextmanager
+def step_bar(label: str, total: int) -> Iterator[Callable[[int, str], None] | None]:
+    """Yield a function that shows how many steps are done and facts about them; None where no terminal is.
+
+    Messages go above the bar, which is gone at the end, also where an error ends the work.
+    """
+    if not (_console.is_terminal and is_first_process()):
+        yield None
+        return
+    with _StepProgress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=_console, transient=True
+    ) as bar:
+        task = bar.add_task(label, total=total, facts="")
+        yield lambda done, facts: bar.update(task, completed=done, facts=facts)
+
+
 @contextmanager
 def counter(label: str, total: int | None, *, unit: str) -> Iterator[Callable[[int], None]]:
     """Yield a function that counts work done: a bar with rate and time left, one line with the rate at the end."""
@@ -149,7 +173,8 @@ def matmul_rate(device_type: str, precision: Precision, shape: tuple[int, int, i
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     m, k, n = shape if device_type == "cpu" else tuple(4 * size for size in shape)
-    x, w = (torch.randn(size, device=device_type).to(dtype) for size in ((m, k), (n, k)))
+    generator = torch.Generator(device_type).manual_seed(0)  # the global stream stays where it is
+    x, w = (torch.randn(size, device=device_type, generator=generator).to(dtype) for size in ((m, k), (n, k)))
     y = x @ w.T  # written again and again: fresh memory for each product would take longer than the product
 
     def finish() -> None:
@@ -166,3 +191,15 @@ def matmul_rate(device_type: str, precision: Precision, shape: tuple[int, int, i
             count += 1
         best = min(best, (time.perf_counter() - start) / count)
     return 2 * m * k * n / best
+
+
+def peak_memory(device: "torch.device") -> int:
+    """The most bytes that this process has held at once: on a CUDA device as allocated by PyTorch, else of the host."""
+    import resource  # not on Windows
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from vqt2i.training.batches import Batch
 from vqt2i.training.optim import OptimizerConfig
 from vqt2i.training.vqgan import VQGANModule, VQGANTrainingConfig
-from vqt2i.vq.autoencoder import ImageTokenizer
+from vqt2i.vq.autoencoder import ImageTokenizer, VQOutput
 from vqt2i.vq.config import ImageTokenizerConfig, VQConfig
 from vqt2i.vq.discriminator import AdversarialConfig
 from vqt2i.vq.losses import VQGANLossConfig
@@ -158,6 +158,51 @@ def test_resumed_training_equals_uninterrupted_training(adversarial, tmp_path):
     resumed = make(8, adversarial)
     make_trainer(8).fit(resumed, data, ckpt_path=tmp_path / "five.ckpt")
     assert states_equal(whole.state_dict(), resumed.state_dict())
+
+
+class Ids(L.Callback):
+    """The ids of every training batch, and what was logged of the codebook at every step."""
+
+    def __init__(self, module: VQGANModule) -> None:
+        self.ids: list[Tensor] = []
+        self.logged: list[dict[str, float]] = []
+        module.model.register_forward_hook(self._keep)
+
+    def _keep(self, model: ImageTokenizer, inputs: tuple, out: VQOutput) -> None:
+        if model.training:
+            self.ids.append(out.ids_BHW)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        names = ("train/usage", "train/perplexity", "train/restarted_codes")
+        found = trainer.callback_metrics
+        self.logged.append({name: float(found[name]) for name in names if name in found})
+
+
+def test_how_codes_are_used_is_told_over_all_steps_since_the_last_row():
+    module = make(6)
+    seen = Ids(module)
+    make_trainer(6, callbacks=[seen], log_every_n_steps=3).fit(module, loader())
+    assert seen.logged[0] == seen.logged[1] == {}
+    assert seen.logged[2]["train/restarted_codes"] >= 16, "all start from the first batch"
+    for first in (0, 3):
+        shares = torch.cat(seen.ids[first : first + 3]).flatten().bincount(minlength=16).double()
+        shares /= shares.sum()
+        told = seen.logged[first + 2]
+        assert told["train/usage"] == pytest.approx((shares > 0).double().mean().item())
+        assert told["train/perplexity"] == pytest.approx(torch.special.entr(shares).sum().exp().item())
+
+
+def test_how_codes_are_used_is_told_over_a_resume_too(tmp_path):
+    data = loader(n=4)
+    whole, half, resumed = make(6), make(6), make(6)
+    seen, after = Ids(whole), Ids(resumed)
+    make_trainer(6, callbacks=[seen], log_every_n_steps=6).fit(whole, data)
+    trainer = make_trainer(4, log_every_n_steps=6)
+    trainer.fit(half, data)
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    resumer = make_trainer(6, callbacks=[after], log_every_n_steps=6)
+    resumer.fit(resumed, data, ckpt_path=tmp_path / "four.ckpt", weights_only=True)
+    assert after.logged[-1] == seen.logged[-1] != {}
 
 
 def test_sample_picture_holds_inputs_over_reconstructions():

@@ -1,7 +1,8 @@
 """Train the GPT that turns captions into image ids.
 
-Writes runs/NAME/: config.yaml, run.json, metrics.csv, samples/, checkpoints/ and model/, the newest export. SIGTERM and
-Ctrl-C finish the step, write a checkpoint and exit with code 75; the same command with --resume goes on from there.
+Writes runs/NAME/: config.yaml, run.json, metrics.csv, tensorboard/, samples/, checkpoints/ and model/, the newest
+export. SIGTERM and Ctrl-C finish the step, write a checkpoint and exit with code 75; the same command with --resume
+goes on from there.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""What a run writes while it trains: progress, pictures, checkpoints, exports."""
+"""What a run writes while it trains: pictures, checkpoints, exports."""
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,7 @@ from vqt2i.training.checkpoints import (
 from vqt2i.training.guard import StepGuard, Stopped
 from vqt2i.training.start import Start, is_exported
 from vqt2i.training.strategy import is_sharded, whole_parameters
-
-
-class StepReport(L.Callback):
-    """A line every few seconds: step, losses, samples per second, time left."""
-
-    def __init__(self, batch_size: int, every_seconds: float = 15.0) -> None:
-        self.batch_size, self.every_seconds = batch_size, every_seconds
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.start_seconds = self.last_seconds = time.monotonic()
-        self.first_step = self.last_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
-    ) -> None:
-        now, step = time.monotonic(), trainer.global_step
-        if now - self.last_seconds < self.every_seconds and step != trainer.max_steps:
-            return
-        rate = (step - self.last_step) / max(now - self.last_seconds, 1e-9)
-        left = round((trainer.max_steps - step) * (now - self.start_seconds) / max(step - self.first_step, 1))
-        losses = [f"{k.removeprefix('train/')} {v:.3g}" for k, v in trainer.callback_metrics.items() if "train/" in k]
-        say(f"step {step:,}/{trainer.max_steps:,}  {'  '.join(losses)}  "
-            f"{rate * self.batch_size:,.0f} samples/s  {left // 60}:{left % 60:02} left")  # fmt: skip
-        self.last_seconds, self.last_step = now, step
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            values = [f"{k.removeprefix('val/')} {v:.4g}" for k, v in trainer.callback_metrics.items() if "val/" in k]
-            say(f"validation at step {trainer.global_step:,}:  " + "  ".join(values))
+from vqt2i.training.views import View
 
 
 class Outputs(L.Callback):
@@ -66,10 +37,11 @@ class Outputs(L.Callback):
 
     def __init__(
         self, start: Start, export: Callable[[Path, dict[str, Any]], None], guard: StepGuard, *,
-        every_steps: int | None, keep_last: int, best_by: str,
+        every_steps: int | None, keep_last: int, best_by: str, views: Sequence[View],
     ) -> None:  # fmt: skip
         self.start, self.export, self.guard = start, export, guard
         self.every_steps, self.keep_last, self.best_by = every_steps, keep_last, best_by
+        self.views = views
         self.best: tuple[int, float] | None = None  # step and value
         self._between_steps = False
 
@@ -128,7 +100,13 @@ class Outputs(L.Callback):
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             self._write(trainer, module, metrics)
         with isolate_rng(), disk_errors(self.folder):
-            save_picture(self.folder / "samples" / f"step-{step:08d}.png", module, trainer)
+            picture = draw_picture(module, trainer)
+            if picture is not None:
+                path = self.folder / "samples" / f"step-{step:08d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+                for view in self.views:
+                    view.log_picture(picture, step - 1)  # beside the metrics of this update, counted from 0
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # the run was killed between its last checkpoint and the export after it
@@ -139,8 +117,9 @@ class Outputs(L.Callback):
         """A checkpoint, then the export. `metrics`: of a validation at this step."""
         step = trainer.global_step
         self.guard.settle()
-        for logger in trainer.loggers:
-            logger.save()  # a resumed run keeps the rows before its checkpoint
+        with disk_errors(self.folder):
+            for logger in trainer.loggers:
+                logger.save()  # a resumed run keeps the rows before its checkpoint
         if metrics.get(self.best_by, math.inf) < (math.inf if self.best is None else self.best[1]):
             self.best = (step, metrics[self.best_by])
         save_checkpoint(trainer, checkpoint_path(self.folder, step))
@@ -161,15 +140,13 @@ class Outputs(L.Callback):
 
 
 @torch.no_grad()
-def save_picture(path: Path, module: L.LightningModule, trainer: L.Trainer) -> None:
-    """What the module makes of the first validation batch, for stages that make pictures."""
+def draw_picture(module: L.LightningModule, trainer: L.Trainer) -> Image.Image | None:
+    """What the module makes of the first validation batch: on the first rank, for stages that make pictures."""
     make = getattr(module, "sample_images", None)
     if make is None or not (trainer.is_global_zero or is_sharded(module)):
-        return
+        return None
     batch = next(iter(trainer.datamodule.val_dataloader()))
     if is_sharded(module):
         batch = trainer.strategy.broadcast(batch)  # all ranks draw the same picture, for each holds a part of the model
     picture = make(module.transfer_batch_to_device(batch, module.device, 0))
-    if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(to_uint8(picture)).save(path)
+    return Image.fromarray(to_uint8(picture)) if trainer.is_global_zero else None

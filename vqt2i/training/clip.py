@@ -1,5 +1,6 @@
 """Training of the scorer."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_d
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
+from vqt2i.training.throughput import SampleWork, count_flops
 
 
 class CLIPTrainingConfig(Config):
@@ -106,6 +108,9 @@ class CLIPModule(L.LightningModule):
     def export_model(self) -> CLIP:
         return self.clip
 
+    def sample_work(self) -> SampleWork:
+        return SampleWork("images", None, clip_flops(self.clip.config))
+
     def _watch_plateau(self, loss: float, n_pairs: int) -> None:
         guessing = float(torch.tensor(float(n_pairs)).log())
         if self.global_step >= self.config.plateau_steps and loss > self.config.plateau_share * guessing:
@@ -114,6 +119,16 @@ class CLIPModule(L.LightningModule):
 
     def _gathered(self, x: Tensor) -> Tensor:
         return self.all_gather(x, sync_grads=True).flatten(0, 1) if self.trainer.world_size > 1 else x
+
+
+@cache
+def clip_flops(config: CLIPConfig) -> int:
+    """Floating-point operations of one pair's forward and backward pass, but for its similarities with the others."""
+    with torch.device("meta"):
+        clip = CLIP(config)
+        image = torch.zeros(1, 3, config.image_size_px, config.image_size_px)
+        ids, n_ids = torch.zeros(1, config.text_length, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    return count_flops(lambda: (clip.encode_image(image) * clip.encode_text(ids, n_ids)).sum().backward())
 
 
 def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume, deepspeed: bool | Path = False) -> Path:

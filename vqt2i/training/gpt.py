@@ -22,11 +22,12 @@ from vqt2i.training.batches import Batch, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
-from vqt2i.training.plan import hardware_of, require_fits, setting_of
+from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_flops
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
+from vqt2i.training.throughput import SampleWork
 from vqt2i.vq import ImageTokenizer
 
 
@@ -141,8 +142,12 @@ class GPTModule(L.LightningModule):
         dropped[:n_reversed] = False  # a caption to be predicted stays
         text = batch.text._replace(n_ids_B=batch.text.n_ids_B.masked_fill(dropped, 0))
         loss = self.training_loss(self.gpt, text, self.image_ids(batch), n_reversed, self.config.loss)
-        parts = {f"train/{k}": v.detach() for k, v in loss._asdict().items() if k == "total" or not v.isnan()}
-        self.log_dict(parts | {"train/lr": self.optimizers().param_groups[0]["lr"]})
+        # told from the counts, for asking the values which are NaN would make the host wait for the GPU
+        names = ["total"] + ["image", "text"] * (n_reversed < len(dropped))
+        names += ["text_from_image", "image_unconditional"] * (n_reversed > 0)
+        parts = {f"train/{name}": getattr(loss, name).detach() for name in names}
+        # as a tensor, for Lightning would copy a float to the GPU and wait for it
+        self.log_dict(parts | {"train/lr": torch.tensor(self.optimizers().param_groups[0]["lr"])})
         return loss.total
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -156,6 +161,9 @@ class GPTModule(L.LightningModule):
             "val/image_unconditional": back.image_unconditional,
         }
         self.log_dict(values, sync_dist=True, batch_size=n)
+
+    def sample_work(self) -> SampleWork:
+        return SampleWork("samples", self.gpt.layout.length, training_flops(self.gpt.config))
 
     def image_ids(self, batch: Batch) -> Tensor:
         """Codes (B, I): those of the store, or of the batch's images."""

@@ -121,7 +121,7 @@ class StepGuard(L.Callback):
                               zip(self._saved_buffers, self._buffers, strict=True)])  # fmt: skip
         self._pending.append(_Watched(trainer.global_step, *_to_host(self._flags), batch))
         if self.n_skipped:
-            module.log("train/skipped_steps", float(self.n_skipped))
+            module.log("train/skipped_steps", torch.tensor(float(self.n_skipped)))  # a float would be copied to the GPU
 
     def settle(self) -> None:
         """Wait for what is on its way; before a checkpoint, which says how many steps were skipped."""

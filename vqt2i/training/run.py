@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +23,17 @@ from vqt2i.data.shards import DataSet
 from vqt2i.data.stream import StreamConfig
 from vqt2i.errors import ConfigError
 from vqt2i.files import write_json
-from vqt2i.runtime import Precision, is_first_process, pick_device, say
+from vqt2i.runtime import Precision, is_first_process, pick_device, say, step_bar
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
-from vqt2i.training.callbacks import Outputs, StepReport
+from vqt2i.training.callbacks import Outputs
 from vqt2i.training.checkpoints import CheckpointFile, RandomStates
 from vqt2i.training.compiled import EagerValidation
 from vqt2i.training.guard import StepGuard
 from vqt2i.training.metrics import MetricsLogger
-from vqt2i.training.start import Resume, begin_run
+from vqt2i.training.start import Resume, Start, begin_run
 from vqt2i.training.strategy import build_strategy
+from vqt2i.training.throughput import StepReport
+from vqt2i.training.views import ViewName, open_views, require_views
 
 DEFAULT_DATASET = Path("data/shapes")
 LIGHTNING_PRECISION: dict[Precision, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -64,7 +67,8 @@ class TrainerConfig(Config):
     accumulate: parts that a step's batch is read in, one after the other, where it does not fit the memory at once.
     validate_every_steps: also how often a picture is drawn. checkpoint_every_steps: how often a checkpoint and after it
         an export are written; null is with each validation. keep_last: checkpoints that stay, besides the best.
-    log_every_steps: how often a row is added to metrics.csv.
+    log_every_steps: how often a row is added to metrics.csv. log_to: where else it goes, with throughput and pictures;
+        "wandb" is configured by its environment variables (WANDB_MODE=offline, WANDB_PROJECT).
     max_nonfinite_steps: so many in a row whose loss or gradient is not finite end the run; each is skipped.
     rank_timeout_s: a rank that has waited so long for the others ends; longer than the first one takes for an export.
     """
@@ -82,6 +86,7 @@ class TrainerConfig(Config):
     checkpoint_every_steps: PositiveInt | None = None
     keep_last: PositiveInt = 2
     log_every_steps: PositiveInt = 20
+    log_to: tuple[ViewName, ...] = ("tensorboard",)
     max_nonfinite_steps: PositiveInt = 20
     rank_timeout_s: PositiveInt = 1800
 
@@ -167,14 +172,48 @@ def fit(
     config = data.config
     device = pick_device()
     require_possible(module, config)
+    require_views(config.log_to)
     start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed=deepspeed is not None)
-    folder = start.folder
     if deepspeed is not None and is_first_process():
-        write_json(folder / "deepspeed.json", deepspeed)  # before Lightning completes it
+        write_json(start.folder / "deepspeed.json", deepspeed)  # before Lightning completes it
     begun_seconds = time.monotonic()
+    _quiet_lightning()
+    from_step = f" from step {start.step:,}" if start.checkpoint else ""
+    say(f"training {name} into {start.folder}{from_step}: {config.max_steps:,} steps of {config.batch_size}, "
+        f"{precision} on {config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} "
+        "parameters")  # fmt: skip
+    views = open_views(config.log_to, start, run_config.model_dump(mode="json"))
+    guard = StepGuard(start.folder, config.max_nonfinite_steps)
+    outputs = Outputs(
+        start, exporter(module, start, run_config, model_config, card), guard,
+        every_steps=config.checkpoint_every_steps, keep_last=config.keep_last, best_by=module.best_by, views=views,
+    )  # fmt: skip
+    timeout = timedelta(seconds=config.rank_timeout_s)
+    with step_bar(name, config.max_steps) as show:
+        report = StepReport(config.batch_size // config.accumulate, precision, views, show)
+        trainer = build_trainer(
+            config, device, precision,
+            strategy=build_strategy(
+                device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
+            ),
+            plugins=trainer_plugins(deepspeed),
+            logger=[MetricsLogger(start.folder), *views],
+            callbacks=[report, RandomStates(), guard, outputs, EagerValidation()],
+            gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+    say(f"done in {time.monotonic() - begun_seconds:.0f} s: {outputs.folder / 'model'}")
+    return outputs.folder
 
+
+def exporter(
+    module: L.LightningModule, start: Start, run_config: Config, model_config: Config, card: dict[str, Any]
+) -> Callable[[Path, dict[str, Any]], None]:
+    """A function that writes the model to a folder, with more facts for its card."""
+    begun_seconds = time.monotonic()
+    model = start.folder / "model"
     # a resumed run's card keeps how it came so far
-    earlier = _card_parts(read_card(folder / "model")) if start.checkpoint and (folder / "model").is_dir() else []
+    earlier = _card_parts(read_card(model)) if start.checkpoint and model.is_dir() else []
 
     def export(path: Path, facts: dict[str, Any]) -> None:
         command = " ".join(["python", *sys.argv])
@@ -182,42 +221,27 @@ def fit(
         facts["config"] = run_config.model_dump(mode="json")  # the command may name a file that changes later
         save_model(path, module.export_model(), model_config, facts | ({"resumed_from": earlier} if earlier else {}))
 
-    _quiet_lightning()
-    from_step = f" from step {start.step:,}" if start.checkpoint else ""
-    say(f"training {name} into {folder}{from_step}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
-        f"{config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
-    guard = StepGuard(folder, config.max_nonfinite_steps)
-    outputs = Outputs(
-        start, export, guard,
-        every_steps=config.checkpoint_every_steps, keep_last=config.keep_last, best_by=module.best_by,
-    )  # fmt: skip
-    timeout = timedelta(seconds=config.rank_timeout_s)
-    strategy = build_strategy(
-        device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
-    )
-    trainer = L.Trainer(
+    return export
+
+
+def build_trainer(config: TrainerConfig, device: torch.device, precision: Precision, **parts: Any) -> L.Trainer:
+    """A Trainer as the settings say. `parts`: those of its arguments that depend on the run."""
+    return L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
         devices=config.devices,
-        strategy=strategy,
         precision=LIGHTNING_PRECISION[precision],
         accumulate_grad_batches=config.accumulate,
         max_steps=config.max_steps,
         max_epochs=1,
         val_check_interval=min(config.validate_every_steps, config.max_steps) * config.accumulate,
-        gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
-        logger=MetricsLogger(folder),
-        callbacks=[StepReport(config.batch_size), RandomStates(), guard, outputs, EagerValidation()],
-        plugins=trainer_plugins(deepspeed),
         log_every_n_steps=config.log_every_steps,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        **parts,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-    say(f"done in {time.monotonic() - begun_seconds:.0f} s: {outputs.folder / 'model'}")
-    return outputs.folder
 
 
 def _quiet_lightning() -> None:

@@ -20,7 +20,7 @@ MAY_CHANGE = (
     "name", "data.path", "text_tokenizer", "image_tokenizer", "sampling", "training.compile",
     "trainer.max_steps", "trainer.devices", "trainer.n_workers", "trainer.n_validation_samples",
     "trainer.validate_every_steps", "trainer.checkpoint_every_steps", "trainer.log_every_steps",
-    "trainer.keep_last", "trainer.max_nonfinite_steps", "trainer.rank_timeout_s",
+    "trainer.log_to", "trainer.keep_last", "trainer.max_nonfinite_steps", "trainer.rank_timeout_s",
     "trainer.precision",  # compared as resolved: see require_same_run
 )  # fmt: skip
 

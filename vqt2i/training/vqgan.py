@@ -1,5 +1,6 @@
 """Training of the image tokenizer: VQ-VAE, or VQGAN where the loss has an adversarial part."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from einops import rearrange
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel
 
 from vqt2i.config import Config
 from vqt2i.training.batches import Batch
@@ -17,7 +17,8 @@ from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
-from vqt2i.vq.autoencoder import ImageTokenizer
+from vqt2i.training.throughput import SampleWork, count_flops
+from vqt2i.vq.autoencoder import ImageTokenizer, VQOutput
 from vqt2i.vq.config import ImageTokenizerConfig
 from vqt2i.vq.discriminator import PatchDiscriminator
 from vqt2i.vq.losses import (
@@ -69,11 +70,13 @@ class VQGANModule(L.LightningModule):
         self.config = config
         self.max_steps = max_steps
         self.model = model
-        self.averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
+        self.averaged = copy.deepcopy(model).requires_grad_(False)
         self.reconstruction_loss = ReconstructionLoss(config.loss)
         adversarial = config.loss.adversarial
         self.discriminator = None if adversarial is None else PatchDiscriminator(adversarial)
-        self.codes_seen = CodebookCounter(model.config.vocab_size)
+        self.codes_seen = CodebookCounter(model.config.vocab_size)  # in validation
+        self.codes_trained = CodebookCounter(model.config.vocab_size)  # since the last row of metrics
+        self.n_restarted = 0  # codes, since then
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         trained = [self.model] if self.discriminator is None else [self.model, self.discriminator]
@@ -85,36 +88,27 @@ class VQGANModule(L.LightningModule):
         return adversarial is not None and self.global_step >= adversarial.start_share * self.max_steps
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        x = batch.image
+        x, step = batch.image, self.global_step  # which the tokenizer's update below advances
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        learning_rate = learning_rate_at(self.config.optimizer, self.global_step, self.max_steps)
+        learning_rate = learning_rate_at(self.config.optimizer, step, self.max_steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-        logs = {"train/lr": learning_rate}
-        adversarial_now = self.discriminator_started  # the tokenizer's update below advances global_step
+        adversarial_now = self.discriminator_started
 
         out = self.model(x)
-        loss = self.reconstruction_loss(out.reconstruction_B3HW, x)
-        logs |= {"train/reconstruction": loss.detach(), "train/quantizer": out.quantizer_loss.detach()}
-        if adversarial_now:
-            self.discriminator.requires_grad_(False)
-            adversarial, weight = self._adversarial_loss(out.reconstruction_B3HW, loss)
-            logs |= {"train/generator": adversarial.detach(), "train/adaptive_weight": weight}
-            loss = loss + weight * adversarial
-            self.discriminator.requires_grad_(True)
+        loss, parts = self._tokenizer_loss(x, out, adversarial_now)
+        # the rate as a tensor, for Lightning would copy a float to the GPU and wait for it
+        logs = {"train/loss": loss.detach(), **parts, "train/lr": torch.tensor(learning_rate)}
         self._update(optimizers[0], self.model, loss + out.quantizer_loss)
-        self.averaged.update_parameters(self.model)
-
+        self._average(step)
         if adversarial_now:
-            logits_real = self.discriminator(x)
-            logits_fake = self.discriminator(out.reconstruction_B3HW.detach())
-            loss_critic = discriminator_loss(logits_real, logits_fake)
+            loss_critic = self._critic_loss(x, out)
             logs |= {"train/discriminator": loss_critic.detach()}
             self._update(optimizers[1].optimizer, self.discriminator, loss_critic)
         self.log_dict(logs)
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self._watch_codebook(out)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         x = batch.image
@@ -128,6 +122,22 @@ class VQGANModule(L.LightningModule):
         }
         self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=len(x))
 
+    def on_train_start(self) -> None:
+        phases = [False] if self.discriminator is None else [False, True]
+        self._flops = [self._count_flops(adversarial) for adversarial in phases]  # on all ranks: adaptive_weight waits
+
+    def sample_work(self) -> SampleWork:
+        return SampleWork("images", None, self._flops[self.discriminator_started])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["codes_trained"] = {"counts_K": self.codes_trained.total(), "n_restarted": self.n_restarted}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["codes_trained"]  # the counts of all ranks: the first one goes on with them
+        self.n_restarted = saved["n_restarted"]
+        if self.trainer.is_global_zero:
+            self.codes_trained.counts_K = saved["counts_K"]
+
     def on_validation_epoch_start(self) -> None:
         self.codes_seen.reset()
 
@@ -138,7 +148,7 @@ class VQGANModule(L.LightningModule):
 
     def export_model(self) -> ImageTokenizer:
         """The tokenizer with averaged weights, in evaluation mode. Not a copy: training moves it on."""
-        return self.averaged.module.eval()
+        return self.averaged.eval()
 
     @torch.no_grad()
     def sample_images(self, batch: Batch, max_images: int = 16) -> Tensor:
@@ -147,12 +157,45 @@ class VQGANModule(L.LightningModule):
         reconstruction = self.export_model()(x).reconstruction_B3HW.float().clamp(-1, 1)
         return rearrange([x, reconstruction], "row b c h w -> c (row h) (b w)")
 
+    def _tokenizer_loss(self, x: Tensor, out: VQOutput, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss without the quantizer's, and the parts of it to log."""
+        loss = self.reconstruction_loss(out.reconstruction_B3HW, x)
+        parts = {"train/reconstruction": loss.detach(), "train/quantizer": out.quantizer_loss.detach()}
+        if adversarial:
+            self.discriminator.requires_grad_(False)
+            generator, weight = self._adversarial_loss(out.reconstruction_B3HW, loss)
+            self.discriminator.requires_grad_(True)
+            parts |= {"train/generator": generator.detach(), "train/adaptive_weight": weight}
+            loss = loss + weight * generator
+        return loss, parts
+
+    def _critic_loss(self, x: Tensor, out: VQOutput) -> Tensor:
+        return discriminator_loss(self.discriminator(x), self.discriminator(out.reconstruction_B3HW.detach()))
+
     def _adversarial_loss(self, reconstruction_B3HW: Tensor, reconstruction_loss: Tensor) -> tuple[Tensor, Tensor]:
         """The unweighted loss, and its weight."""
         config = self.config.loss.adversarial
         loss = generator_loss(self.discriminator(reconstruction_B3HW))
         last_layer = self.model.decoder.conv_out.weight
         return loss, config.weight * adaptive_weight(reconstruction_loss, loss, last_layer, config.max_adaptive_weight)
+
+    def _count_flops(self, adversarial: bool) -> int:
+        """Floating-point operations of a step on one image, with the critic's part or without."""
+
+        def step() -> None:
+            out = self.model(x)
+            loss, _ = self._tokenizer_loss(x, out, adversarial)
+            torch.autograd.grad(loss + out.quantizer_loss, trained)
+            if adversarial:
+                torch.autograd.grad(self._critic_loss(x, out), list(self.discriminator.parameters()))
+
+        size_px = self.model.config.image_size_px
+        x = torch.zeros(1, 3, size_px, size_px, device=self.device)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.eval()  # the codebook stays
+        flops = count_flops(step)
+        self.model.train()
+        return flops
 
     def _update(self, optimizer: Any, module: torch.nn.Module, loss: Tensor) -> None:
         optimizer.zero_grad()
@@ -162,11 +205,23 @@ class VQGANModule(L.LightningModule):
         optimizer.step()
 
     @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
-        # the first steps forget faster, or the random start would weigh on a short run
-        n = int(n_averaged)
-        decay = min(self.config.ema_decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+    def _average(self, step: int) -> None:
+        """After the update number `step` (from 0)."""
+        # the first is a copy, and the next ones forget faster, or the random start would weigh on a short run
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step)) if step else 0.0
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+        torch._foreach_copy_(list(self.averaged.buffers()), list(self.model.buffers()))
+
+    def _watch_codebook(self, out: VQOutput) -> None:
+        """Count, and with each row of metrics say how the codes were used since the last."""
+        self.codes_trained.update(out.ids_BHW)
+        self.n_restarted += out.n_restarted
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            seen = self.codes_trained.compute()
+            values = {"usage": seen.usage, "perplexity": seen.perplexity, "restarted_codes": float(self.n_restarted)}
+            self.log_dict({f"train/{name}": value for name, value in values.items()})
+            self.codes_trained.reset()
+            self.n_restarted = 0
 
 
 def train_vqgan(config: VQGANRunConfig, runs: Path, *, resume: Resume) -> Path:

@@ -17,11 +17,12 @@ from vqt2i.vq.quantizer import build_quantizer
 
 
 class VQOutput(NamedTuple):
-    """reconstruction_B3HW: unclamped, for losses. quantizer_loss: scalar."""
+    """reconstruction_B3HW: unclamped, for losses. quantizer_loss: scalar. n_restarted: codes that this batch gave."""
 
     reconstruction_B3HW: Tensor
     ids_BHW: Tensor
     quantizer_loss: Tensor
+    n_restarted: int
 
 
 def _level(config: ImageTokenizerConfig, level: int) -> nn.Sequential:
@@ -116,7 +117,8 @@ class ImageTokenizer(nn.Module):
         """Reconstruct images in [-1, 1]; in training mode the codebook learns too."""
         self._check_images(x_B3HW)
         quantized = self.quantizer(self.encoder(x_B3HW))
-        return VQOutput(self.decoder(quantized.features_BCHW), quantized.ids_BHW, quantized.loss)
+        reconstruction = self.decoder(quantized.features_BCHW)
+        return VQOutput(reconstruction, quantized.ids_BHW, quantized.loss, quantized.n_restarted)
 
     @torch.no_grad()
     def encode(self, x_B3HW: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Usage(NamedTuple):
 
 
 class CodebookCounter:
-    """Counts codes over a validation set, on all ranks."""
+    """Counts codes, on all ranks."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -71,13 +71,20 @@ class CodebookCounter:
 
     def update(self, ids: Tensor) -> None:
         """Add ids of any shape."""
-        self.counts_K = self.counts_K.to(ids.device) + torch.bincount(ids.flatten(), minlength=self.vocab_size)
+        counts_K = self.counts_K.to(ids.device)
+        # not bincount: on a GPU it makes the host wait
+        self.counts_K = counts_K.index_add(0, ids.flatten(), counts_K.new_ones(()).expand(ids.numel()))
 
-    def compute(self) -> Usage:
-        """Usage over the ids of all ranks since the last reset."""
+    def total(self) -> Tensor:
+        """Counts of all ranks since the last reset, (K,) long."""
         counts_K = self.counts_K.clone()
         if dist.is_initialized():
             dist.all_reduce(counts_K)
+        return counts_K
+
+    def compute(self) -> Usage:
+        """Usage over the ids of all ranks since the last reset."""
+        counts_K = self.total()
         shares_K = counts_K.double() / counts_K.sum().clamp_min(1)
         entropy = -torch.xlogy(shares_K, shares_K).sum()
         dead = int((counts_K == 0).sum())

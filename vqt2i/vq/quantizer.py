@@ -23,11 +23,15 @@ MAX_SCORES = 2**24  # numbers held at once by the search: 64 MiB, whatever the b
 
 
 class Quantized(NamedTuple):
-    """features_BCHW: what the decoder reads, with the encoder's gradient. loss: scalar, weighted terms summed."""
+    """features_BCHW: what the decoder reads, with the encoder's gradient. loss: scalar, weighted terms summed.
+
+    n_restarted: dead codes that started anew from this batch.
+    """
 
     features_BCHW: Tensor
     ids_BHW: Tensor
     loss: Tensor
+    n_restarted: int
 
 
 def nearest_codes(latents_ND: Tensor, codes_KD: Tensor) -> Tensor:
@@ -73,8 +77,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, features_BCHW: Tensor) -> Quantized:
         with torch.autocast(features_BCHW.device.type, enabled=False):
             latents_ND = self._latents(features_BCHW)
-            if self.training:
-                self._restart_dead_codes(gather_ranks(latents_ND.detach()))
+            n_restarted = self._restart_dead_codes(gather_ranks(latents_ND.detach())) if self.training else 0
             codes_KD = self.codes()
             ids_N = nearest_codes(latents_ND.detach(), codes_KD.detach())
             chosen_ND = codes_KD[ids_N]
@@ -86,7 +89,7 @@ class VectorQuantizer(nn.Module):
             straight_ND = latents_ND + (chosen_ND - latents_ND).detach()
             batch, _, height, width = features_BCHW.shape
             ids_BHW = ids_N.view(batch, height, width)
-            return Quantized(self._features(straight_ND, ids_BHW.shape), ids_BHW, loss)
+            return Quantized(self._features(straight_ND, ids_BHW.shape), ids_BHW, loss, n_restarted)
 
     def encode(self, features_BCHW: Tensor) -> Tensor:
         """ids_BHW of the nearest codes; changes nothing, in training mode too."""
@@ -115,10 +118,11 @@ class VectorQuantizer(nn.Module):
         return self.from_code(rearrange(codes_ND, "(b h w) d -> b d h w", b=batch, h=height, w=width))
 
     @torch.no_grad()
-    def _restart_dead_codes(self, latents_ND: Tensor) -> None:
+    def _restart_dead_codes(self, latents_ND: Tensor) -> int:
+        # how many there are decides what is computed, so the host waits for a GPU here
         dead = (self.usage < self.config.restart_below).nonzero().flatten()[: len(latents_ND)]
         if not len(dead):
-            return
+            return 0
         codes_KD = self.codes()
         # numbers that are none would stop the draw, on a GPU the process; the training step skips such an update
         latents_ND = latents_ND.nan_to_num(0.0, 0.0, 0.0)
@@ -131,12 +135,14 @@ class VectorQuantizer(nn.Module):
         self.usage[dead] = 1.0
         if self.config.update == "ema":
             self.latent_sums[dead] = latents_ND[rows]
+        return len(dead)
 
     @torch.no_grad()
     def _track(self, latents_ND: Tensor, ids_N: Tensor) -> None:
         share = len(self.usage) / len(ids_N)
         decay = self.config.usage_decay
-        counts_K = torch.bincount(ids_N, minlength=len(self.usage)).to(self.usage)
+        # not bincount: on a GPU it makes the host wait
+        counts_K = torch.zeros_like(self.usage).index_add_(0, ids_N, self.usage.new_ones(()).expand(len(ids_N)))
         self.usage.mul_(decay).add_(counts_K, alpha=(1 - decay) * share)
         self.n_updates += 1
         if self.config.update == "ema":
