@@ -11,6 +11,7 @@ B batch, N heads, L sequence, H head width
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 BLOCK = 64  # queries; of 48, 64, 96 and 128 the fastest for 98, 160 and 376 positions, one thread of an AVX512 CPU
 
@@ -77,6 +78,14 @@ def _(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, mask_B1LL: Tensor) -> Tens
 @_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+@register_flop_formula([torch.ops.vqt2i.causal_attention, torch.ops.vqt2i.causal_attention_backward])
+def _flops(*shapes: torch.Size, out_shape: object, **_: object) -> int:
+    """Two products forward and four backward, over whole rows: what counts as useful work for MFU."""
+    is_backward = len(shapes) == 5
+    batch, heads, length, head_width = shapes[0]
+    return (8 if is_backward else 4) * batch * heads * length**2 * head_width
 
 
 def _save(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
