@@ -28,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--no-compile", action="store_true", help="time plain PyTorch only")
     train.set_defaults(run=_train)
 
+    vqgan = parts.add_parser("vqgan", help="images a second of an image tokenizer, beside diffusers' VQModel")
+    vqgan.add_argument(
+        "--config", type=Path, default=Path("configs/vqgan/taming_128.yaml"), metavar="FILE",
+        help="an image tokenizer of architecture taming (default: configs/vqgan/taming_128.yaml)",
+    )  # fmt: skip
+    vqgan.add_argument("--batch-size", type=int, default=4, metavar="N", help="default: 4")
+    vqgan.add_argument("--rounds", type=int, default=7, metavar="N", help="of each, in turns (default: 7)")
+    vqgan.set_defaults(run=_vqgan)
+
 
 def run(args: argparse.Namespace) -> None:
     args.run(args)
@@ -86,6 +95,29 @@ def _train(args: argparse.Namespace) -> None:
         _print_timings(found.timings, found.n_tokens, "tokens", "vqt2i", "transformers")
         best = min(timing.median for name, timing in found.timings.items() if name.startswith("vqt2i"))
         print(f"  vqt2i at its best: {found.flops / best / found.matmul_rate:.0%} of the rate of matrix products")
+
+
+def _vqgan(args: argparse.Namespace) -> None:
+    import torch
+
+    from vqt2i.config import load_config
+    from vqt2i.runtime import pick_device
+    from vqt2i.training.compare import Timing, compare_tokenizers
+    from vqt2i.training.vqgan import VQGANRunConfig
+
+    _require_at_least(args, batch_size=1, rounds=1)
+    config, device = load_config(VQGANRunConfig, args.config).model, pick_device()
+    found = compare_tokenizers(config, batch_size=args.batch_size, n_rounds=args.rounds, device=device)
+    print(f"widths {config.channels}, {config.image_size_px} px, batches of {args.batch_size}, fp32, {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    both = {
+        name: Timing([a + b for a, b in zip(found.encode[name].seconds, found.decode[name].seconds, strict=True)])
+        for name in found.encode
+    }
+    parts = {"encode": found.encode, "decode": found.decode, "encode + decode": both, "training step": found.train}
+    for part, timings in parts.items():
+        print(f"{part}:")
+        _print_timings(timings, args.batch_size, "images", "vqt2i", "diffusers")
 
 
 def _print_timings(timings: dict[str, Any], n_units: int, unit: str, ours: str, theirs: str) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 HEAD_WIDTH = 64
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     """GroupNorm with up to 32 groups, of at least two channels, that divide `channels`.
 
     Groups of one channel would norm away the level of each channel, and with it flat colours: an image tokenizer of
     widths (32, 64) trained for 1,100 steps reaches 24.7 dB on shapes with them, 26.6 dB with groups of two.
     """
-    return nn.GroupNorm(max(1, min(math.gcd(32, channels), channels // 2)), channels)
+    return nn.GroupNorm(max(1, min(math.gcd(32, channels), channels // 2)), channels, eps=eps)
 
 
 class ResBlock(nn.Module):
@@ -27,11 +27,11 @@ class ResBlock(nn.Module):
     The last convolution starts at zero, so that a fresh block is its skip: deep stacks train from the first step.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels_in: int, channels_out: int, dropout: float = 0.0, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in)
+        self.norm1 = group_norm(channels_in, eps)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out)
+        self.norm2 = group_norm(channels_out, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
@@ -45,14 +45,17 @@ class ResBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention over all positions of a feature map, added to its input (starts as the identity)."""
+    """Self-attention over all positions of a feature map, added to its input (starts as the identity).
 
-    def __init__(self, channels: int) -> None:
+    n_heads: null is one for every 64 channels.
+    """
+
+    def __init__(self, channels: int, n_heads: int | None = None, eps: float = 1e-5) -> None:
         super().__init__()
-        self.n_heads = max(1, channels // HEAD_WIDTH)
+        self.n_heads = n_heads or max(1, channels // HEAD_WIDTH)
         if channels % self.n_heads:
             raise ValueError(f"attention over {channels} channels: expected a multiple of {HEAD_WIDTH}, or fewer")
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, eps)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)

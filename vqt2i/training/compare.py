@@ -16,6 +16,7 @@ from vqt2i.text import TextBatch
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.optim import OptimizerConfig, build_adamw
 from vqt2i.training.plan import training_flops
+from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 
 class Timing(NamedTuple):
@@ -96,6 +97,81 @@ def compare_training(
         batch_size * layout.length,
         time_in_turns(jobs, n_rounds, device),
     )
+
+
+class TokenizerComparison(NamedTuple):
+    """Timings of `batch_size` images: encoding to ids, decoding of ids, a training step."""
+
+    encode: dict[str, Timing]
+    decode: dict[str, Timing]
+    train: dict[str, Timing]
+
+
+def compare_tokenizers(
+    config: ImageTokenizerConfig, *, batch_size: int, n_rounds: int, device: torch.device
+) -> TokenizerComparison:
+    """Time our image tokenizer of architecture "taming" and the same network as the VQModel of `diffusers`, in fp32.
+
+    The training step is a reconstruction's L1 loss and the quantizer's, backward pass and fused AdamW, without critic.
+
+    Raises:
+        ConfigError: another architecture, or `diffusers` is not installed.
+    """
+    size = config.image_size_px
+    with device:
+        ours, theirs = ImageTokenizer(config), vq_model(config)
+        images = torch.rand(batch_size, 3, size, size) * 2 - 1
+        ids = torch.randint(config.vocab_size, (batch_size, config.grid_size, config.grid_size))
+    shape = (*ids.shape, theirs.config.vq_embed_dim)
+
+    @torch.no_grad()
+    def their_ids() -> torch.Tensor:
+        return theirs.quantize(theirs.encode(images).latents)[2][2]
+
+    @torch.no_grad()
+    def their_pictures() -> torch.Tensor:
+        codes = theirs.quantize.get_codebook_entry(ids.flatten(), shape)
+        return theirs.decode(codes, force_not_quantize=True).sample.clamp(-1, 1)
+
+    def our_loss() -> torch.Tensor:
+        out = ours(images)
+        return (out.reconstruction_B3HW - images).abs().mean() + out.quantizer_loss
+
+    def their_loss() -> torch.Tensor:
+        out = theirs(images)
+        return (out.sample - images).abs().mean() + out.commit_loss
+
+    def step(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        return _training_step(loss_of, build_adamw(model, OptimizerConfig()), autocast(device, "fp32"))
+
+    ours.eval(), theirs.eval()
+    encode = time_in_turns({"vqt2i": lambda: ours.encode(images), "diffusers": their_ids}, n_rounds, device)
+    decode = time_in_turns({"vqt2i": lambda: ours.decode(ids), "diffusers": their_pictures}, n_rounds, device)
+    ours.train(), theirs.train()
+    train = {"vqt2i": step(ours, our_loss), "diffusers": step(theirs, their_loss)}
+    return TokenizerComparison(encode, decode, time_in_turns(train, n_rounds, device))
+
+
+def vq_model(config: ImageTokenizerConfig) -> nn.Module:
+    """The network of an image tokenizer as a VQModel of `diffusers`, with weights of its own.
+
+    Raises:
+        ConfigError: it has another architecture than "taming", or `diffusers` is not installed.
+    """
+    if config.architecture != "taming" or config.attention_sizes_px:
+        raise ConfigError("a VQModel has architecture 'taming' and no attention_sizes_px; found "
+                          f"{config.architecture!r} and {list(config.attention_sizes_px)}")  # fmt: skip
+    try:
+        from diffusers import VQModel
+    except ImportError as error:
+        raise ConfigError("benchmark vqgan compares with `diffusers`, which is not installed; "
+                          "pip install 'vqt2i[benchmark]'") from error  # fmt: skip
+    n_levels = len(config.channels)
+    return VQModel(
+        block_out_channels=config.channels, layers_per_block=config.n_res_blocks, latent_channels=config.latent_width,
+        down_block_types=("DownEncoderBlock2D",) * n_levels, up_block_types=("UpDecoderBlock2D",) * n_levels,
+        num_vq_embeddings=config.quantizer.codebook_size, vq_embed_dim=config.quantizer.code_dim,
+    )  # fmt: skip
 
 
 def autocast(device: torch.device, precision: Precision) -> Callable[[], AbstractContextManager]:

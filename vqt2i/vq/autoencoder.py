@@ -14,6 +14,7 @@ from vqt2i.errors import DataError
 from vqt2i.nn.conv import Downsample, ResBlock, SpatialAttention, Upsample, group_norm
 from vqt2i.vq.config import ImageTokenizerConfig
 from vqt2i.vq.quantizer import build_quantizer
+from vqt2i.vq.taming import TamingDecoder, TamingEncoder
 
 
 class VQOutput(NamedTuple):
@@ -109,9 +110,12 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = (PatchEncoder if config.encoder == "patch" else Encoder)(config)
-        self.quantizer = build_quantizer(config.quantizer, config.channels[-1])
-        self.decoder = Decoder(config)
+        if config.architecture == "taming":
+            self.encoder, self.decoder = TamingEncoder(config), TamingDecoder(config)
+        else:
+            self.encoder = (PatchEncoder if config.encoder == "patch" else Encoder)(config)
+            self.decoder = Decoder(config)
+        self.quantizer = build_quantizer(config.quantizer, config.latent_width)
 
     def forward(self, x_B3HW: Tensor) -> VQOutput:
         """Reconstruct images in [-1, 1]; in training mode the codebook learns too."""

@@ -54,9 +54,13 @@ class ImageTokenizerConfig(Config):
     encoder: "convolution" sees the surroundings of a cell of the id grid, so that an id can say more of them. With
         "patch" an id depends on its own downsample x downsample pixels alone: equal patches have equal ids wherever
         they stand. That makes flat graphics a language that a small GPT learns from far fewer samples.
+    architecture: "lean" is small enough for CPUs; "taming" is VQGAN as published (Esser et al. 2021): full resolution
+        (patch_px 1), one more ResBlock per level in the decoder, two and attention in the middle.
     patch_px: the convolutional encoder starts with, and the decoder ends with, patches of this side folded into
         channels. The resolution above costs most and adds least.
     channels: width at each resolution, finest (image side / patch_px) to coarsest (the id grid).
+    latent_channels: width of the features between encoder, quantizer and decoder; null is that of the coarsest level,
+        which "lean" always has.
     n_res_blocks: per resolution, in the encoder and in the decoder.
     attention_sizes_px: feature-map sides, for square images of `image_size_px`, with attention after each ResBlock.
     """
@@ -64,8 +68,10 @@ class ImageTokenizerConfig(Config):
     image_size_px: PositiveInt = 32
     downsample: PositiveInt = 4
     encoder: Literal["convolution", "patch"] = "convolution"
+    architecture: Literal["lean", "taming"] = "lean"
     patch_px: PositiveInt = 2
     channels: tuple[PositiveInt, ...] = (24, 64)
+    latent_channels: PositiveInt | None = None
     n_res_blocks: NonNegativeInt = 1
     attention_sizes_px: tuple[PositiveInt, ...] = ()
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -84,10 +90,21 @@ class ImageTokenizerConfig(Config):
             raise ValueError(f"channels must give {n_levels} widths, for feature maps of "
                              f"{[self.image_size_px // self.patch_px >> i for i in range(n_levels)]} px; "
                              f"found {len(self.channels)}")  # fmt: skip
+        if self.architecture == "taming" and (self.patch_px > 1 or self.encoder == "patch"):
+            raise ValueError("architecture 'taming' has patch_px 1 and encoder 'convolution', "
+                             f"found {self.patch_px} and {self.encoder!r}")  # fmt: skip
+        if self.architecture == "lean" and self.latent_width != self.channels[-1]:
+            raise ValueError(f"latent_channels of architecture 'lean' is its last width, {self.channels[-1]}; "
+                             f"found {self.latent_channels}")  # fmt: skip
         for size in self.attention_sizes_px:
             if size not in self.level_sizes_px:
                 raise ValueError(f"attention_sizes_px must be among {list(self.level_sizes_px)}, found {size}")
         return self
+
+    @property
+    def latent_width(self) -> int:
+        """Channels of the features between encoder, quantizer and decoder."""
+        return self.latent_channels or self.channels[-1]
 
     @property
     def level_sizes_px(self) -> tuple[int, ...]:
