@@ -18,6 +18,7 @@ VERBS = (
     "plan",
     "train_gpt",
     "train_clip",
+    "export",
     "generate",
     "evaluate",
     "make_pipeline",

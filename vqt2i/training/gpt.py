@@ -113,6 +113,7 @@ class GPTModule(L.LightningModule):
     """Joins the GPT, its loss and a frozen image tokenizer. The tokenizer is no part of the checkpoint."""
 
     best_by = "val/image"  # the checkpoint with the least is kept
+    exported = "gpt"  # by this name the exported model is in a checkpoint
     cpu_adam = False  # set where DeepSpeed offloads the optimizer
 
     def __init__(
