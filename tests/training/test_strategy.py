@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from vqt2i.checkpoint import load_model
@@ -27,6 +27,7 @@ from vqt2i.training.start import Resume
 from vqt2i.training.strategy import (
     CPUDeepSpeedStrategy,
     DeepSpeedConfig,
+    ResumingDeepSpeedStrategy,
     build_strategy,
     choose_deepspeed,
     deepspeed_json,
@@ -185,11 +186,12 @@ def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     kinds = {
         (cpu, 1, None): SingleDeviceStrategy, (cuda, 1, None): SingleDeviceStrategy, (cpu, 2, None): DDPStrategy,
-        (cpu, 1, 2): CPUDeepSpeedStrategy, (cuda, 1, 2): DeepSpeedStrategy,
+        (cpu, 1, 2): CPUDeepSpeedStrategy, (cuda, 1, 2): ResumingDeepSpeedStrategy,
     }  # fmt: skip
     for (device, n_devices, stage), kind in kinds.items():
         ds_json = None if stage is None else deepspeed_json(DeepSpeedConfig(), 4)
-        assert type(build_strategy(device, n_devices, ds_json, find_unused_parameters=False, timeout=WAIT)) is kind
+        given = {"checkpoint": None, "find_unused_parameters": False, "timeout": WAIT}
+        assert type(build_strategy(device, n_devices, ds_json, **given)) is kind
 
 
 def test_deepspeeds_json_is_made_anew_each_time_from_typed_fields() -> None:

@@ -25,7 +25,10 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # PyTorch's, and wins over the weights
 
 @contextmanager
 def only_data_is_loaded() -> Iterator[None]:
-    """Within it torch.load, also when DeepSpeed calls it, executes nothing that a file names; `GLOBALS` are read."""
+    """Within it torch.load, also when DeepSpeed calls it, executes nothing that a file names; `GLOBALS` are read.
+
+    Not to be nested: PyTorch forgets what may be read at the end of the inner one.
+    """
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
@@ -58,7 +61,10 @@ def n_shards(checkpoint: Path) -> int:
 
 
 def write_universal(checkpoint: Path, out: Path) -> None:
-    """Write what DeepSpeed calls a universal checkpoint: ZeRO's shards put together, for any number of ranks to load."""
+    """Write DeepSpeed's universal checkpoint: ZeRO's shards put together, for any number of ranks to load.
+
+    To be called within `only_data_is_loaded`.
+    """
     from deepspeed.checkpoint.ds_to_universal import main
 
     arguments = Namespace(
@@ -70,7 +76,7 @@ def write_universal(checkpoint: Path, out: Path) -> None:
         strict=True,
         inject_missing_state=True,  # about model parallelism, of which there is none
     )
-    with only_data_is_loaded(), _quiet():
+    with _quiet():
         main(arguments)
 
 

@@ -167,7 +167,7 @@ def fit(
     config = data.config
     device = pick_device()
     require_possible(module, config)
-    start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed=deepspeed is not None)
+    start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed)
     folder = start.folder
     if deepspeed is not None and is_first_process():
         write_json(folder / "deepspeed.json", deepspeed)  # before Lightning completes it
@@ -193,8 +193,9 @@ def fit(
     )  # fmt: skip
     timeout = timedelta(seconds=config.rank_timeout_s)
     strategy = build_strategy(
-        device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
-    )
+        device, config.devices, deepspeed,
+        checkpoint=start.checkpoint, find_unused_parameters=find_unused_parameters, timeout=timeout,
+    )  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
         devices=config.devices,

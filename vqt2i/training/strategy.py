@@ -1,19 +1,25 @@
 """How a run is spread over processes: one process, DDP, or DeepSpeed ZeRO, on GPUs or CPUs."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from pydantic import PositiveInt, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from vqt2i.config import Config
-from vqt2i.errors import ConfigError
+from vqt2i.errors import CheckpointError, ConfigError
+from vqt2i.files import PARTIAL_PREFIX
+from vqt2i.runtime import say
+from vqt2i.training.checkpoints import disk_errors
+from vqt2i.training.deepspeed_checkpoint import n_shards, only_data_is_loaded, write_universal
 
 Offload = Literal["cpu", "nvme"]
 
@@ -44,7 +50,60 @@ class DeepSpeedConfig(Config):
         return self
 
 
-class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+class ResumingDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed that goes on from a checkpoint of any number of ranks, and executes nothing that is in its files."""
+
+    def __init__(self, checkpoint: Path | None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: L.Trainer) -> None:
+        if self.checkpoint is not None and n_shards(self.checkpoint) not in (0, self.world_size):
+            self.config.setdefault("checkpoint", {})["load_universal"] = True
+        super().setup(trainer)
+
+    def load_checkpoint(self, checkpoint_path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+        with only_data_is_loaded():
+            if not self.deepspeed_engine.load_universal_checkpoint():
+                return super().load_checkpoint(checkpoint_path, weights_only)
+            optimizer = self.optimizers[0]
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
+            with self._universal(Path(checkpoint_path)) as universal:
+                checkpoint = super().load_checkpoint(universal, weights_only)
+            # At ZeRO 3 DeepSpeed 0.19.8 gives all groups the settings of the first, and the same tensor as the count of
+            # steps, which each of them would then advance.
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+            for state in optimizer.state.values():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()
+            return checkpoint
+
+    @contextmanager
+    def _universal(self, checkpoint: Path) -> Iterator[Path]:
+        """The checkpoint for any number of ranks, in a folder beside it, and there only within."""
+        folder = checkpoint.with_name(f"{PARTIAL_PREFIX}universal-{checkpoint.name}")  # removed after a kill
+        failure = None
+        if self.is_global_zero:
+            say(f"{checkpoint}: of {n_shards(checkpoint)} ranks, and now there are {self.world_size}: "
+                "bringing its parts together (DeepSpeed's universal checkpoint)")  # fmt: skip
+            try:
+                with disk_errors(folder, RuntimeError):
+                    write_universal(checkpoint, folder)
+            except CheckpointError as error:
+                failure = str(error)
+        failure = self.broadcast(failure)
+        try:
+            if failure is not None:
+                raise CheckpointError(failure)
+            yield folder
+            self.barrier()  # all have read it
+        finally:
+            if self.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class CPUDeepSpeedStrategy(ResumingDeepSpeedStrategy):
     """DeepSpeed on CPU ranks over gloo. DeepSpeed runs there; only Lightning's checks for CUDA stand in the way."""
 
     def setup_environment(self) -> None:
@@ -66,6 +125,11 @@ def wants_cpu_adam(deepspeed: dict[str, Any] | None) -> bool:
     """
     offloads = deepspeed is not None and "offload_optimizer" in deepspeed.get("zero_optimization", {})
     return offloads and torch.cuda.is_available()
+
+
+def keeps_states_on_nvme(deepspeed: dict[str, Any]) -> bool:
+    """Whether each rank's part of the optimizer's state lies in files of its own."""
+    return deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme"
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -146,15 +210,15 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 def build_strategy(
     device: torch.device, n_devices: PositiveInt, deepspeed: dict[str, Any] | None, *,
-    find_unused_parameters: bool, timeout: timedelta,
+    checkpoint: Path | None, find_unused_parameters: bool, timeout: timedelta,
 ) -> Strategy:  # fmt: skip
     """DeepSpeed where its configuration is given, else DDP for several devices, else one process.
 
-    timeout: how long a rank waits for the others before it ends with an error.
+    checkpoint: to go on from, if any. timeout: how long a rank waits for the others before it ends with an error.
     """
     if deepspeed is not None:
-        kind = CPUDeepSpeedStrategy if device.type == "cpu" else DeepSpeedStrategy
-        return kind(config=deepspeed, timeout=timeout)
+        kind = CPUDeepSpeedStrategy if device.type == "cpu" else ResumingDeepSpeedStrategy
+        return kind(checkpoint, config=deepspeed, timeout=timeout)
     if n_devices > 1:
         return DDPStrategy(find_unused_parameters=find_unused_parameters, timeout=timeout)
     return SingleDeviceStrategy(device=torch.device("cuda", 0) if device.type == "cuda" else device)
