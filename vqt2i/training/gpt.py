@@ -26,7 +26,7 @@ from vqt2i.training.plan import hardware_of, require_fits, setting_of
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
-from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
+from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, valued_by_first_rank, wants_cpu_adam
 from vqt2i.vq import ImageTokenizer
 
 
@@ -218,8 +218,9 @@ def train_gpt(
         samples = tuple(TokenSamples(store.split(split), seed) for split in splits)
     else:
         samples = image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
-    gpt = GPT(gpt_config)
-    gpt.start_from_codes(vq.quantizer.codes())
+    with valued_by_first_rank(ds_json):
+        gpt = GPT(gpt_config)
+        gpt.start_from_codes(vq.quantizer.codes())
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)
     if config.training.compile:
         compile_for_training(module.gpt)

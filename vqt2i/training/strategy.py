@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vqt2i.config import Config
 from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.files import PARTIAL_PREFIX
-from vqt2i.runtime import say
+from vqt2i.runtime import is_first_process, say
 from vqt2i.training.checkpoints import disk_errors
 from vqt2i.training.deepspeed_checkpoint import n_shards, only_data_is_loaded, write_universal
 
@@ -60,7 +61,26 @@ class ResumingDeepSpeedStrategy(DeepSpeedStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         if self.checkpoint is not None and n_shards(self.checkpoint) not in (0, self.world_size):
             self.config.setdefault("checkpoint", {})["load_universal"] = True
+        if self.zero_stage_3:
+            self._deal_out_parameters()
         super().setup(trainer)
+
+    def _deal_out_parameters(self) -> None:
+        """Leave each rank only its part of every parameter, as the first rank has initialised it.
+
+        One after the other: DeepSpeed itself would first move the whole model to each GPU.
+        """
+        import deepspeed
+
+        self._init_config_if_needed()
+        dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        dtype = dtypes.get(self.precision_plugin.precision, torch.float32)
+        for parameter in self.model.parameters():
+            # the first rank's values are broadcast; on the others they would only take up memory
+            whole = parameter.data.to(dtype) if self.is_global_zero else torch.empty(parameter.shape, dtype=dtype)
+            parameter.data = whole
+        deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
+        self.model.to(self.root_device)  # its buffers
 
     def load_checkpoint(self, checkpoint_path: Path, weights_only: bool | None = None) -> dict[str, Any]:
         with only_data_is_loaded():
@@ -135,6 +155,27 @@ def keeps_states_on_nvme(deepspeed: dict[str, Any]) -> bool:
 def is_sharded(module: nn.Module) -> bool:
     """Whether ZeRO 3 has dealt the parameters out to the ranks. Using them is then work for all ranks at once."""
     return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+@contextmanager
+def valued_by_first_rank(deepspeed: dict[str, Any] | None) -> Iterator[None]:
+    """Within it the further ranks of a ZeRO 3 run build modules whose parameters have no values and take up no memory.
+
+    Each gets its part of the first rank's when those are dealt out.
+    """
+    sharded = deepspeed is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3
+    with nullcontext() if is_first_process() or not sharded else _WithoutValues():
+        yield
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` would do."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 @contextmanager
