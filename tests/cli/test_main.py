@@ -45,7 +45,10 @@ def test_an_unknown_verb_is_told_with_the_known_ones(fails) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_unknown_option_exits_2(verb: str, fails) -> None:
     out = ["--out", "o"]
-    needed = {"make_dataset": ["shapes"], "train_tokenizer": out, "make_pipeline": out, "benchmark": ["data"]}
+    needed = {
+        "make_dataset": ["shapes"], "train_tokenizer": out, "make_pipeline": out, "benchmark": ["data"],
+        "export": ["run", *out],
+    }  # fmt: skip
     assert "--no-such-option" in fails(verb, *needed.get(verb, []), "--no-such-option")
 
 

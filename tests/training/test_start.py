@@ -26,7 +26,11 @@ MORE = {
     "gpt": ["transformer.dropout=0.2"],
     "gpt-deepspeed": ["transformer.dropout=0.2"],
     "clip": ["vision.dropout=0.2", "text.dropout=0.2"],
-}
+    "gpt-zero-3": ["transformer.dropout=0.2", "deepspeed.zero_stage=3"],
+    "gpt-zero-3-offloaded": [
+        "transformer.dropout=0.2", "deepspeed={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}",
+    ],
+}  # fmt: skip
 MODULES = {"vqgan": VQGANModule, "gpt": GPTModule, "clip": CLIPModule}
 
 
@@ -64,6 +68,8 @@ def train_stage(name: str, settings: list[str], runs: Path, resume: Resume) -> N
     else:
         config = load_config(GPTRunConfig, None, settings)
         vq = load_model(config.image_tokenizer, ImageTokenizerConfig, ImageTokenizer)
+        if config.deepspeed.zero_stage == 3:
+            GPTModule.sample_images = None  # each of its steps gathers all weights
         train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=bool(deepspeed))
 
 
@@ -85,6 +91,8 @@ def exit_code_of(function: object, *arguments: object) -> int:
 
 
 if __name__ == "__main__":  # the processes of the test above
+    import deepspeed  # noqa: F401  (paid for once)
+
     job = json.loads(sys.argv[1])
     folder = Path(job["folder"])
     for name, settings in job["settings"].items():

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from vqt2i.checkpoint import load_model
 from vqt2i.config import load_config
 from vqt2i.errors import CheckpointError, ConfigError
+from vqt2i.gpt import GPT
 from vqt2i.training.batches import Batch
 from vqt2i.training.checkpoints import checkpoint_path, damage
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig, train_clip
@@ -27,10 +28,13 @@ from vqt2i.training.start import Resume
 from vqt2i.training.strategy import (
     CPUDeepSpeedStrategy,
     DeepSpeedConfig,
+    ResumingDeepSpeedStrategy,
     build_strategy,
     choose_deepspeed,
     deepspeed_json,
+    is_sharded,
     read_deepspeed_json,
+    valued_by_first_rank,
 )
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
@@ -185,11 +189,12 @@ def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     kinds = {
         (cpu, 1, None): SingleDeviceStrategy, (cuda, 1, None): SingleDeviceStrategy, (cpu, 2, None): DDPStrategy,
-        (cpu, 1, 2): CPUDeepSpeedStrategy, (cuda, 1, 2): DeepSpeedStrategy,
+        (cpu, 1, 2): CPUDeepSpeedStrategy, (cuda, 1, 2): ResumingDeepSpeedStrategy,
     }  # fmt: skip
     for (device, n_devices, stage), kind in kinds.items():
         ds_json = None if stage is None else deepspeed_json(DeepSpeedConfig(), 4)
-        assert type(build_strategy(device, n_devices, ds_json, find_unused_parameters=False, timeout=WAIT)) is kind
+        given = {"checkpoint": None, "find_unused_parameters": False, "timeout": WAIT}
+        assert type(build_strategy(device, n_devices, ds_json, **given)) is kind
 
 
 def test_deepspeeds_json_is_made_anew_each_time_from_typed_fields() -> None:
@@ -197,6 +202,21 @@ def test_deepspeeds_json_is_made_anew_each_time_from_typed_fields() -> None:
     assert first["zero_optimization"]["stage"] == 1 and first["train_micro_batch_size_per_gpu"] == 4
     first["zero_optimization"]["stage"] = 9
     assert deepspeed_json(DeepSpeedConfig(zero_stage=1), 4)["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(("rank", "stage", "draws"), [("0", 3, True), ("1", 3, False), ("1", 2, True)])
+def test_only_the_first_rank_draws_the_initial_weights_that_zero_3_deals_out(
+    rank: str, stage: int, draws: bool, monkeypatch, make_gpt
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    whole = make_gpt(seed=0)
+    before = torch.get_rng_state()
+    with valued_by_first_rank(deepspeed_json(DeepSpeedConfig(zero_stage=stage), 4)):
+        GPT(whole.config)
+    assert torch.equal(before, torch.get_rng_state()) != draws
+    with valued_by_first_rank(None):
+        other = make_gpt(seed=0)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 @pytest.mark.parametrize(("content", "told"), [(None, "No such file"), ("{", "not JSON"), ("[1]", "found a list")])
@@ -222,6 +242,7 @@ def run_rank(job: dict) -> None:
         return train_clip(config, runs, resume=resume, deepspeed=job["deepspeed"])
 
     if job["job"] == "zero":
+        GPTModule.configure_optimizers = with_a_part_on_each_rank
         for name, settings in ZERO.items():
             gpt(f"name={name}", "trainer.n_validation_samples=6", *settings)
         clip("deepspeed.zero_stage=3")
@@ -250,6 +271,19 @@ def run_rank(job: dict) -> None:
     del GPTModule.on_train_batch_end
     GPTModule.training_step = infinite_in_step_3
     gpt("name=skipping")
+
+
+def with_a_part_on_each_rank(
+    module: GPTModule, configure_optimizers: Callable[..., object] = GPTModule.configure_optimizers
+) -> object:
+    """Before DeepSpeed takes the module over, and moves to the GPU what is whole."""
+    assert is_sharded(module) == module.trainer.strategy.zero_stage_3
+    if is_sharded(module):
+        parameters = list(module.parameters())
+        assert sum(p.numel() for p in parameters) == 0
+        n_held, n_whole = (sum(n) for n in zip(*((p.ds_tensor.numel(), p.ds_numel) for p in parameters), strict=True))
+        assert n_whole / 2 <= n_held < n_whole / 2 + len(parameters)
+    return configure_optimizers(module)
 
 
 def draw_otherwise_on_each_rank(module: CLIPModule) -> None:

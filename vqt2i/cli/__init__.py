@@ -19,6 +19,7 @@ VERBS = (
     "plan",
     "train_gpt",
     "train_clip",
+    "export",
     "generate",
     "evaluate",
     "make_pipeline",

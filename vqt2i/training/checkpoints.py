@@ -25,16 +25,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from vqt2i.errors import CheckpointError
 from vqt2i.files import PARTIAL_PREFIX, write_json
 from vqt2i.runtime import say
+from vqt2i.training.deepspeed_checkpoint import GLOBALS
 
 FILES = "files.json"  # in a folder: what belongs to it, by name and size
-# DeepSpeed's loader executes what a file names (ours does not). These its own files name: seen with ZeRO 0 to 3 and
-# offload on CPUs; the last is that of fp16.
-DEEPSPEED_GLOBALS = {
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-}
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -73,7 +66,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{part.name}: {error}"
         if bad is not None:
             return f"{part.name}: {bad} does not have its checksum"
-        foreign = set(get_unsafe_globals_in_checkpoint(part)) - DEEPSPEED_GLOBALS
+        foreign = set(get_unsafe_globals_in_checkpoint(part)) - set(GLOBALS)
         if foreign:
             return f"{part.name}: loading it would execute {', '.join(sorted(foreign))}"
     return None

@@ -58,6 +58,7 @@ class CLIPModule(L.LightningModule):
     """Joins the scorer and its loss; features are gathered over ranks, so the batch is that of all of them."""
 
     best_by = "val/loss"  # the checkpoint with the least is kept
+    exported = "clip"  # by this name the exported model is in a checkpoint
     cpu_adam = False  # set where DeepSpeed offloads the optimizer
 
     def __init__(self, clip: CLIP, config: CLIPTrainingConfig, max_steps: int) -> None:

@@ -26,7 +26,7 @@ from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
-from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, wants_cpu_adam
+from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, valued_by_first_rank, wants_cpu_adam
 from vqt2i.training.throughput import SampleWork
 from vqt2i.vq import ImageTokenizer
 
@@ -114,6 +114,7 @@ class GPTModule(L.LightningModule):
     """Joins the GPT, its loss and a frozen image tokenizer. The tokenizer is no part of the checkpoint."""
 
     best_by = "val/image"  # the checkpoint with the least is kept
+    exported = "gpt"  # by this name the exported model is in a checkpoint
     cpu_adam = False  # set where DeepSpeed offloads the optimizer
 
     def __init__(
@@ -226,8 +227,9 @@ def train_gpt(
         samples = tuple(TokenSamples(store.split(split), seed) for split in splits)
     else:
         samples = image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
-    gpt = GPT(gpt_config)
-    gpt.start_from_codes(vq.quantizer.codes())
+    with valued_by_first_rank(ds_json):
+        gpt = GPT(gpt_config)
+        gpt.start_from_codes(vq.quantizer.codes())
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(

@@ -52,6 +52,13 @@ def keep_metrics_before(path: Path, step: int) -> None:
     write_atomic(path, text.getvalue())
 
 
+def validation_at(path: Path, step: int) -> dict[str, float]:
+    """What was validated after that step, by name; empty where nothing was."""
+    rows = _read(path)[1] if path.is_file() else []
+    validated = [row for row in rows if row["step"] == str(step - 1)]
+    return {name: float(v) for row in validated for name, v in row.items() if name.startswith("val/") and v}
+
+
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)

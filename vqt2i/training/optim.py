@@ -27,8 +27,10 @@ def build_adamw(module: nn.Module, config: OptimizerConfig, *, cpu_adam: bool = 
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    kept = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    # ZeRO 3 keeps the shape of a parameter that it has dealt out beside it
+    matrices = {id(p) for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2} - embeddings
+    decayed = [p for p in trained if id(p) in matrices]
+    kept = [p for p in trained if id(p) not in matrices]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}

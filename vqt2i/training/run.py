@@ -173,7 +173,7 @@ def fit(
     device = pick_device()
     require_possible(module, config)
     require_views(config.log_to)
-    start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed=deepspeed is not None)
+    start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed)
     if deepspeed is not None and is_first_process():
         write_json(start.folder / "deepspeed.json", deepspeed)  # before Lightning completes it
     begun_seconds = time.monotonic()
@@ -194,7 +194,8 @@ def fit(
         trainer = build_trainer(
             config, device, precision,
             strategy=build_strategy(
-                device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
+                device, config.devices, deepspeed,
+                checkpoint=start.checkpoint, find_unused_parameters=find_unused_parameters, timeout=timeout,
             ),
             plugins=trainer_plugins(deepspeed),
             logger=[MetricsLogger(start.folder), *views],

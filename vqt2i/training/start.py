@@ -11,6 +11,7 @@ from vqt2i.runtime import Precision, is_first_process, pick_precision, say
 from vqt2i.training.checkpoints import checkpoints_in, damage, set_aside, step_of
 from vqt2i.training.metrics import METRICS, keep_metrics_before
 from vqt2i.training.record import RunRecord, describe_start, read_record, write_record
+from vqt2i.training.strategy import keeps_states_on_nvme
 
 Resume = Literal["auto", "never"] | Path
 
@@ -37,12 +38,14 @@ class Start(NamedTuple):
 
 
 def begin_run(
-    runs: Path, name: str, resume: Resume, config: Config, card: dict[str, Any], device_type: str, *, deepspeed: bool
-) -> tuple[Start, Precision]:
+    runs: Path, name: str, resume: Resume, config: Config, card: dict[str, Any], device_type: str,
+    deepspeed: dict[str, Any] | None,
+) -> tuple[Start, Precision]:  # fmt: skip
     """Find where the run starts, check that it may, and write config.yaml and run.json into its folder.
 
     Args:
         config: of the run, with its `trainer`. card: names the kind and, with fingerprints, what the run is made from.
+        deepspeed: its configuration, where it is used.
 
     Raises:
         CheckpointError: nothing whole to go on from. ConfigError: what is to be gone on with is another run.
@@ -52,7 +55,7 @@ def begin_run(
     fingerprints = {k: v["fingerprint"] for k, v in card.items() if isinstance(v, dict) and "fingerprint" in v}
     if start.checkpoint is not None:
         record = read_record(start.folder)
-        require_same_run(start, record, config, fingerprints, deepspeed=deepspeed)
+        require_same_run(start, record, config, fingerprints, deepspeed)
     else:
         # "auto" is measured, and might come out otherwise at the next start
         precision = pick_precision(trainer.precision, device_type)
@@ -137,8 +140,9 @@ def is_exported(run: Path, step: int) -> bool:
 
 
 def require_same_run(
-    start: Start, record: RunRecord, config: Config, fingerprints: dict[str, str], *, deepspeed: bool
-) -> None:
+    start: Start, record: RunRecord, config: Config, fingerprints: dict[str, str],
+    deepspeed: dict[str, Any] | None,
+) -> None:  # fmt: skip
     """Check that what is gone on with is the run that was begun.
 
     Raises:
@@ -158,12 +162,13 @@ def require_same_run(
         if record.fingerprints.get(what) != fingerprint:
             before = record.fingerprints.get(what, "none")
             differences.append(f"{what}: fingerprint {before[:8]} before, {fingerprint[:8]} now")
-    by_deepspeed, devices_before, devices = start.checkpoint.is_dir(), record.starts[-1].devices, config.trainer.devices
-    if by_deepspeed != deepspeed:
-        now, before = ("with", "without") if deepspeed else ("without", "with")
+    devices_before, devices = record.starts[-1].devices, config.trainer.devices
+    if start.checkpoint.is_dir() != (deepspeed is not None):
+        before, now = ("with", "without") if deepspeed is None else ("without", "with")
         differences.append(f"{before} DeepSpeed before, {now} now")
-    elif by_deepspeed and devices_before != devices:
-        differences.append(f"trainer.devices: {devices_before} before, {devices} now; DeepSpeed needs as many")
+    elif deepspeed is not None and keeps_states_on_nvme(deepspeed) and devices_before != devices:
+        differences.append(f"trainer.devices: {devices_before} before, {devices} now, but of the optimizer's state on "
+                           "NVMe each rank goes on with its own")  # fmt: skip
     if differences:
         raise ConfigError(f"{start.folder} was begun as another run: {'; '.join(differences)}. Resume it with "
                           f"--config {start.folder / 'config.yaml'} and what it was begun with")  # fmt: skip

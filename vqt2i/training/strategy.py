@@ -1,19 +1,26 @@
 """How a run is spread over processes: one process, DDP, or DeepSpeed ZeRO, on GPUs or CPUs."""
 
 import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from pydantic import PositiveInt, model_validator
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vqt2i.config import Config
-from vqt2i.errors import ConfigError
+from vqt2i.errors import CheckpointError, ConfigError
+from vqt2i.files import PARTIAL_PREFIX
+from vqt2i.runtime import is_first_process, say
+from vqt2i.training.checkpoints import disk_errors
+from vqt2i.training.deepspeed_checkpoint import n_shards, only_data_is_loaded, write_universal
 
 Offload = Literal["cpu", "nvme"]
 
@@ -44,7 +51,79 @@ class DeepSpeedConfig(Config):
         return self
 
 
-class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+class ResumingDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed that goes on from a checkpoint of any number of ranks, and executes nothing that is in its files."""
+
+    def __init__(self, checkpoint: Path | None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: L.Trainer) -> None:
+        if self.checkpoint is not None and n_shards(self.checkpoint) not in (0, self.world_size):
+            self.config.setdefault("checkpoint", {})["load_universal"] = True
+        if self.zero_stage_3:
+            self._deal_out_parameters()
+        super().setup(trainer)
+
+    def _deal_out_parameters(self) -> None:
+        """Leave each rank only its part of every parameter, as the first rank has initialised it.
+
+        One after the other: DeepSpeed itself would first move the whole model to each GPU.
+        """
+        import deepspeed
+
+        self._init_config_if_needed()
+        dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        dtype = dtypes.get(self.precision_plugin.precision, torch.float32)
+        for parameter in self.model.parameters():
+            # the first rank's values are broadcast; on the others they would only take up memory
+            whole = parameter.data.to(dtype) if self.is_global_zero else torch.empty(parameter.shape, dtype=dtype)
+            parameter.data = whole
+        deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
+        self.model.to(self.root_device)  # its buffers
+
+    def load_checkpoint(self, checkpoint_path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+        with only_data_is_loaded():
+            if not self.deepspeed_engine.load_universal_checkpoint():
+                return super().load_checkpoint(checkpoint_path, weights_only)
+            optimizer = self.optimizers[0]
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
+            with self._universal(Path(checkpoint_path)) as universal:
+                checkpoint = super().load_checkpoint(universal, weights_only)
+            # At ZeRO 3 DeepSpeed 0.19.8 gives all groups the settings of the first, and the same tensor as the count of
+            # steps, which each of them would then advance.
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+            for state in optimizer.state.values():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()
+            return checkpoint
+
+    @contextmanager
+    def _universal(self, checkpoint: Path) -> Iterator[Path]:
+        """The checkpoint for any number of ranks, in a folder beside it, and there only within."""
+        folder = checkpoint.with_name(f"{PARTIAL_PREFIX}universal-{checkpoint.name}")  # removed after a kill
+        failure = None
+        if self.is_global_zero:
+            say(f"{checkpoint}: of {n_shards(checkpoint)} ranks, and now there are {self.world_size}: "
+                "bringing its parts together (DeepSpeed's universal checkpoint)")  # fmt: skip
+            try:
+                with disk_errors(folder, RuntimeError):
+                    write_universal(checkpoint, folder)
+            except CheckpointError as error:
+                failure = str(error)
+        failure = self.broadcast(failure)
+        try:
+            if failure is not None:
+                raise CheckpointError(failure)
+            yield folder
+            self.barrier()  # all have read it
+        finally:
+            if self.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class CPUDeepSpeedStrategy(ResumingDeepSpeedStrategy):
     """DeepSpeed on CPU ranks over gloo. DeepSpeed runs there; only Lightning's checks for CUDA stand in the way."""
 
     def setup_environment(self) -> None:
@@ -68,9 +147,35 @@ def wants_cpu_adam(deepspeed: dict[str, Any] | None) -> bool:
     return offloads and torch.cuda.is_available()
 
 
+def keeps_states_on_nvme(deepspeed: dict[str, Any]) -> bool:
+    """Whether each rank's part of the optimizer's state lies in files of its own."""
+    return deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme"
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether ZeRO 3 has dealt the parameters out to the ranks. Using them is then work for all ranks at once."""
     return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+@contextmanager
+def valued_by_first_rank(deepspeed: dict[str, Any] | None) -> Iterator[None]:
+    """Within it the further ranks of a ZeRO 3 run build modules whose parameters have no values and take up no memory.
+
+    Each gets its part of the first rank's when those are dealt out.
+    """
+    sharded = deepspeed is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3
+    with nullcontext() if is_first_process() or not sharded else _WithoutValues():
+        yield
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` would do."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 @contextmanager
@@ -146,15 +251,15 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 def build_strategy(
     device: torch.device, n_devices: PositiveInt, deepspeed: dict[str, Any] | None, *,
-    find_unused_parameters: bool, timeout: timedelta,
+    checkpoint: Path | None, find_unused_parameters: bool, timeout: timedelta,
 ) -> Strategy:  # fmt: skip
     """DeepSpeed where its configuration is given, else DDP for several devices, else one process.
 
-    timeout: how long a rank waits for the others before it ends with an error.
+    checkpoint: to go on from, if any. timeout: how long a rank waits for the others before it ends with an error.
     """
     if deepspeed is not None:
-        kind = CPUDeepSpeedStrategy if device.type == "cpu" else DeepSpeedStrategy
-        return kind(config=deepspeed, timeout=timeout)
+        kind = CPUDeepSpeedStrategy if device.type == "cpu" else ResumingDeepSpeedStrategy
+        return kind(checkpoint, config=deepspeed, timeout=timeout)
     if n_devices > 1:
         return DDPStrategy(find_unused_parameters=find_unused_parameters, timeout=timeout)
     return SingleDeviceStrategy(device=torch.device("cuda", 0) if device.type == "cuda" else device)
