@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
@@ -28,6 +27,7 @@ from vqt2i.training.callbacks import Outputs, StepReport
 from vqt2i.training.checkpoints import CheckpointFile, RandomStates
 from vqt2i.training.compiled import EagerValidation
 from vqt2i.training.guard import StepGuard
+from vqt2i.training.launch import World, cluster_environment, find_world, from_first
 from vqt2i.training.metrics import MetricsLogger
 from vqt2i.training.start import Resume, begin_run
 from vqt2i.training.strategy import build_strategy
@@ -58,8 +58,9 @@ class DataConfig(Config):
 
 
 class TrainerConfig(Config):
-    """batch_size: samples per step over all devices. precision "auto" is fp32 or bf16, whichever is faster here; fp16
-    (loss scaled) is for GPUs without bf16.
+    """batch_size: samples per step over all devices. devices: over all nodes, a process each; null is as many as the
+    launcher started (torchrun, deepspeed, srun), without one 1. precision "auto" is fp32 or bf16, whichever is faster
+    here; fp16 (loss scaled) is for GPUs without bf16.
 
     accumulate: parts that a step's batch is read in, one after the other, where it does not fit the memory at once.
     validate_every_steps: also how often a picture is drawn. checkpoint_every_steps: how often a checkpoint and after it
@@ -73,7 +74,7 @@ class TrainerConfig(Config):
     batch_size: PositiveInt = 64
     accumulate: PositiveInt = 1
     seed: NonNegativeInt = 0
-    devices: PositiveInt = 1
+    devices: PositiveInt | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_clip: float | None = Field(1.0, gt=0)
     validate_every_steps: PositiveInt = 500
@@ -90,15 +91,23 @@ class TrainerConfig(Config):
         if self.validate_every_steps < self.max_steps and self.max_steps % self.validate_every_steps:
             raise ValueError(f"validate_every_steps ({self.validate_every_steps}) must divide max_steps "
                              f"({self.max_steps}), so that the last step is validated and exported")  # fmt: skip
-        if self.batch_size % (self.devices * self.accumulate):
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of devices ({self.devices}) times "
-                             f"accumulate ({self.accumulate})")  # fmt: skip
+        try:
+            self.micro_batch_size(self.devices or 1)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
-    @property
-    def micro_batch_size(self) -> int:
-        """Samples that one device reads at once."""
-        return self.batch_size // (self.devices * self.accumulate)
+    def micro_batch_size(self, n_devices: int) -> int:
+        """Samples that one device of so many reads at once.
+
+        Raises:
+            ConfigError: the batch cannot be dealt out evenly.
+        """
+        size, rest = divmod(self.batch_size, n_devices * self.accumulate)
+        if rest:
+            raise ConfigError(f"batch_size ({self.batch_size}) must be a multiple of devices ({n_devices}) times "
+                              f"accumulate ({self.accumulate})")  # fmt: skip
+        return size
 
 
 def open_dataset(config: DataConfig) -> DataSet:
@@ -128,17 +137,18 @@ class StageData(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         return validation_loader(
-            self.validation, batch_size=self.config.micro_batch_size, n_samples=self.config.n_validation_samples,
-            text_length=self.text_length, **self._ranks(),
+            self.validation, batch_size=self.config.micro_batch_size(self.trainer.world_size),
+            n_samples=self.config.n_validation_samples, text_length=self.text_length, **self._ranks(),
         )  # fmt: skip
 
 
 def require_possible(module: L.LightningModule, config: TrainerConfig) -> None:
-    """Check that the settings suit the stage.
+    """Check that the settings suit the stage and the processes that were started.
 
     Raises:
         ConfigError: they do not.
     """
+    config.micro_batch_size(find_world(config.devices).size)
     if not module.automatic_optimization and (config.precision == "fp16" or config.accumulate > 1):
         raise ConfigError(f"trainer: {type(module).__name__} has two optimizers and trains with precision fp32 or bf16 "
                           f"and accumulate 1; found {config.precision} and {config.accumulate}")  # fmt: skip
@@ -167,7 +177,13 @@ def fit(
     config = data.config
     device = pick_device()
     require_possible(module, config)
-    start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed=deepspeed is not None)
+    world, timeout = find_world(config.devices), timedelta(seconds=config.rank_timeout_s)
+    start, precision = from_first(
+        lambda: begin_run(
+            runs, name, resume, run_config, card, device.type, n_devices=world.size, deepspeed=deepspeed is not None
+        ),
+        timeout,
+    )
     folder = start.folder
     if deepspeed is not None and is_first_process():
         write_json(folder / "deepspeed.json", deepspeed)  # before Lightning completes it
@@ -185,19 +201,19 @@ def fit(
     _quiet_lightning()
     from_step = f" from step {start.step:,}" if start.checkpoint else ""
     say(f"training {name} into {folder}{from_step}: {config.max_steps:,} steps of {config.batch_size}, {precision} on "
-        f"{config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
+        f"{world.size} x {device.type}, {sum(p.numel() for p in _trained(module)):,} parameters")  # fmt: skip
     guard = StepGuard(folder, config.max_nonfinite_steps)
     outputs = Outputs(
         start, export, guard,
         every_steps=config.checkpoint_every_steps, keep_last=config.keep_last, best_by=module.best_by,
     )  # fmt: skip
-    timeout = timedelta(seconds=config.rank_timeout_s)
     strategy = build_strategy(
-        device, config.devices, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
+        device, world.size, deepspeed, find_unused_parameters=find_unused_parameters, timeout=timeout
     )
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
-        devices=config.devices,
+        devices=world.devices_per_node,
+        num_nodes=world.n_nodes,
         strategy=strategy,
         precision=LIGHTNING_PRECISION[precision],
         accumulate_grad_batches=config.accumulate,
@@ -207,7 +223,7 @@ def fit(
         gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
         logger=MetricsLogger(folder),
         callbacks=[StepReport(config.batch_size), RandomStates(), guard, outputs, EagerValidation()],
-        plugins=trainer_plugins(deepspeed),
+        plugins=trainer_plugins(world, deepspeed),
         log_every_n_steps=config.log_every_steps,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -234,13 +250,9 @@ def _quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def trainer_plugins(deepspeed: dict[str, Any] | None) -> list[Any]:
-    """How checkpoints are written, and that SLURM jobs are not requeued by Lightning."""
-    plugins: list[Any] = [] if deepspeed is not None else [CheckpointFile()]  # DeepSpeed writes its own
-    if SLURMEnvironment.detect():
-        # a signal ends the run with a checkpoint and the exit code STOPPED; Lightning would requeue the job by itself
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    return plugins
+def trainer_plugins(world: World, deepspeed: dict[str, Any] | None) -> list[Any]:
+    """How the ranks are known, and checkpoints written (DeepSpeed writes its own)."""
+    return [cluster_environment(world), *([] if deepspeed is not None else [CheckpointFile()])]
 
 
 def _card_parts(card: dict[str, Any]) -> list[dict[str, Any]]:
