@@ -8,6 +8,7 @@ convention, and what the other two leave out of it is filled in.
 import itertools
 import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -136,6 +137,10 @@ def one_command() -> Iterator[None]:
         if (store := _store()) is not None:
             _require_own(error, store)
         raise
+    finally:
+        if find_launcher() is not None:
+            # launchers send it to all when one rank has ended with an error, and it would become their exit code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _require_own(error: Exception, store: dist.Store) -> None:

@@ -244,6 +244,7 @@ def _quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
         ".*smaller than the logging interval.*",
+        ".*`srun` command is available.*",
         ".*LeafSpec.*",
         "You're resuming from a checkpoint that ended before the epoch.*",  # our batches follow from the step alone
     ):

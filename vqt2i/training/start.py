@@ -160,7 +160,7 @@ def require_same_run(
             before = record.fingerprints.get(what, "none")
             differences.append(f"{what}: fingerprint {before[:8]} before, {fingerprint[:8]} now")
     by_deepspeed, devices_before = start.checkpoint.is_dir(), record.starts[-1].devices
-    if config.data.stream:  # the samples of a step follow from them
+    if config.data.stream:  # which samples a step reads follows from them
         workers_before = begun["trainer.n_workers"]
         if max(workers_before, 1) != max(config.trainer.n_workers, 1):  # 0 is this process, as one worker
             differences.append(f"trainer.n_workers: {workers_before} before, {config.trainer.n_workers} now; "
