@@ -9,10 +9,12 @@ import itertools
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from types import FrameType
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -25,9 +27,10 @@ from lightning.fabric.plugins.environments import (
 
 from vqt2i.errors import ConfigError, UserError
 from vqt2i.runtime import is_first_process, say
+from vqt2i.training.guard import Stopped
 
 T = TypeVar("T")
-MEETING = timedelta(seconds=3)  # how long a rank that ends with an error waits for others that do
+MEETING_S = 3.0  # how long a rank that ends with an error waits for others that do
 _calls = itertools.count()  # of from_first, the same in every process
 
 
@@ -128,19 +131,27 @@ def one_command() -> Iterator[None]:
     A `UserError` that ends all ranks is told by the first, whose exit code is that of the command; the others exit
     with 0, for a launcher that sees another end with an error kills the first. One that ends some ranks is told by each
     of these, and the others, which lose their connection to them, end without a traceback.
+
+    SIGTERM before the first step ends the command as it does later, with the exit code of `Stopped`.
     """
-    if find_launcher() is not None:
-        _meeting_point()
+    terminate = signal.signal(signal.SIGTERM, _stop)
     try:
+        if find_launcher() is not None:
+            _meeting_point()
         yield
     except Exception as error:
         if (store := _store()) is not None:
             _require_own(error, store)
         raise
     finally:
-        if find_launcher() is not None:
-            # launchers send it to all when one rank has ended with an error, and it would become their exit code
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # launchers send it to all when one rank has ended with an error, and it would become their exit code
+        signal.signal(signal.SIGTERM, terminate if find_launcher() is None else signal.SIG_IGN)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if is_first_process():  # straight to the file, as in StepGuard
+        os.write(2, b"SIGTERM: stopped before the first step; --resume goes on\n")
+    raise Stopped
 
 
 def _require_own(error: Exception, store: dist.Store) -> None:
@@ -153,15 +164,17 @@ def _require_own(error: Exception, store: dist.Store) -> None:
     n_ranks = int(os.environ["WORLD_SIZE"]) if find_launcher() else dist.get_world_size()
     try:
         if isinstance(error, UserError):
-            store.set("error", str(error))
+            store.set("error", "")
             store.set(f"ended/{rank}", "")
-            others = [f"ended/{other}" for other in range(n_ranks) if other != rank]
-            store.wait(others if rank == 0 else ["ended/0"], MEETING)
-            if rank != 0:
+            others = [f"ended/{other}" for other in range(n_ranks)] if rank == 0 else ["ended/0"]
+            end = time.monotonic() + MEETING_S
+            while not (met := store.check(others)) and time.monotonic() < end:
+                time.sleep(0.05)
+            if met and rank != 0:
                 raise SystemExit(0)
         elif store.check(["error"]):
             raise SystemExit(2)
-    except RuntimeError:  # not all came, or the first process, which holds the store, is gone
+    except RuntimeError:  # the first process, which holds the store, is gone
         if not isinstance(error, UserError):
             say(f"rank {rank}: the first process is gone", every_process=True)
             raise SystemExit(1) from None
