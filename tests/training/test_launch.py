@@ -1,20 +1,24 @@
 """Ranks that torchrun, the deepspeed launcher or Lightning start: processes of their own; srun by its variables."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from torch.distributed import HashStore
 
 import vqt2i
-from vqt2i.errors import ConfigError
+from vqt2i.errors import ConfigError, UserError
 from vqt2i.training import launch
-from vqt2i.training.launch import World, cluster_environment, find_world
+from vqt2i.training.guard import Stopped
+from vqt2i.training.launch import World, cluster_environment, find_world, one_command
 from vqt2i.training.record import read_record
 
 TRAIN_CLIP = Path(vqt2i.__file__).parents[1] / "tools" / "train_clip.py"
@@ -38,6 +42,7 @@ def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str
         monkeypatch.setattr(os, "environ", environment | variables)
 
     yield start
+    monkeypatch.undo()
     launch.find_launcher.cache_clear()
     launch._meeting_point.cache_clear()
 
@@ -139,3 +144,41 @@ def test_other_devices_than_the_launcher_started_are_told_and_leave_no_run(
     told = fails("train_clip", "--config", tmp_path / "empty.yaml", "--runs", tmp_path / "runs", *words)
     assert "trainer.devices is 2, but torchrun started 1 processes" in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_sigterm_before_the_first_step_ends_the_command_with_the_code_of_a_stop(started_with) -> None:
+    started_with({})
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), one_command():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("rank", "left", "error", "code"),
+    [
+        (0, ["error", "ended/1"], UserError("both"), None),
+        (1, ["error", "ended/0"], UserError("both"), 0),
+        (0, [], UserError("alone"), None),
+        (1, [], UserError("alone"), None),
+        (0, ["error", "ended/1"], RuntimeError("connection closed"), 2),
+        (1, [], RuntimeError("a bug"), None),
+    ],
+)
+def test_an_error_is_told_by_the_first_of_those_that_have_it(
+    rank: int, left: list[str], error: Exception, code: int | None, started_with, monkeypatch
+) -> None:
+    started_with(TORCHRUN | {"RANK": str(rank), "WORLD_SIZE": "2"})
+    store = HashStore()
+    for key in left:
+        store.set(key, "")
+    monkeypatch.setattr(launch, "_meeting_point", lambda: store)
+    monkeypatch.setattr(launch, "MEETING_S", 0.1)
+    ignored = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(type(error) if code is None else SystemExit) as raised, one_command():
+            raise error
+    finally:
+        signal.signal(signal.SIGTERM, ignored)
+    assert code is None or raised.value.code == code
