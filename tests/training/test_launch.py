@@ -41,7 +41,9 @@ def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str
             environment.pop(name, None)
         monkeypatch.setattr(os, "environ", environment | variables)
 
+    terminate = signal.getsignal(signal.SIGTERM)
     yield start
+    signal.signal(signal.SIGTERM, terminate)  # a command under a launcher ends ignoring it
     monkeypatch.undo()
     launch.find_launcher.cache_clear()
     launch._meeting_point.cache_clear()
@@ -175,10 +177,6 @@ def test_an_error_is_told_by_the_first_of_those_that_have_it(
         store.set(key, "")
     monkeypatch.setattr(launch, "_meeting_point", lambda: store)
     monkeypatch.setattr(launch, "MEETING_S", 0.1)
-    ignored = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(type(error) if code is None else SystemExit) as raised, one_command():
-            raise error
-    finally:
-        signal.signal(signal.SIGTERM, ignored)
+    with pytest.raises(type(error) if code is None else SystemExit) as raised, one_command():
+        raise error
     assert code is None or raised.value.code == code
