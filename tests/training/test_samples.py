@@ -55,3 +55,16 @@ def test_a_stream_needs_images_and_a_data_set_to_validate_on(stream: str, train)
         train("gpt", stream)
     with pytest.raises(ConfigError, match="set path to a data set"):
         train("clip", stream, "data.path=data/shapes")
+
+
+def test_a_stream_goes_on_with_as_many_workers_only(stream: str, train, monkeypatch) -> None:
+    def stop(self, outputs, batch, batch_index) -> None:
+        if self.global_step == 7:
+            raise StopError
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(CLIPModule, "on_train_batch_end", stop)
+        train("clip", stream)
+    with pytest.raises(ConfigError, match=r"trainer\.n_workers: 0 before, 2 now; data\.stream needs as many"):
+        train("clip", stream, "trainer.n_workers=2", resume="auto")
+    train("clip", stream, "trainer.n_workers=1", resume="auto")  # reads what no worker reads

@@ -14,6 +14,8 @@ REPOSITORY = Path(__file__).parents[2]
 def add_training_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     """--config, --set, --runs, --resume."""
     add_config_arguments(parser, stage)
+    # the deepspeed launcher gives it to every script; the environment says the same
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--resume", nargs="?", const="auto", default="never", type=_resume, metavar="auto|never|PATH",
                         help="auto (also without a value): go on with the newest run of this name if it is not "
                              "finished, else start anew; PATH: with this run folder, or from this checkpoint in one; "

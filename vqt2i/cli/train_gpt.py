@@ -22,7 +22,9 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
     from vqt2i.generation.find import find_image_tokenizer
     from vqt2i.training.gpt import GPTRunConfig, train_gpt
+    from vqt2i.training.launch import one_command
 
-    config = load_config(GPTRunConfig, args.config, args.overrides)
-    folder, vq = find_image_tokenizer(args.vq or config.image_tokenizer, args.runs)
-    train_gpt(config, folder, vq, args.runs, resume=args.resume, deepspeed=args.deepspeed)
+    with one_command():
+        config = load_config(GPTRunConfig, args.config, args.overrides)
+        folder, vq = find_image_tokenizer(args.vq or config.image_tokenizer, args.runs)
+        train_gpt(config, folder, vq, args.runs, resume=args.resume, deepspeed=args.deepspeed)

@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
+    from vqt2i.training.launch import one_command
     from vqt2i.training.vqgan import VQGANRunConfig, train_vqgan
 
-    train_vqgan(load_config(VQGANRunConfig, args.config, args.overrides), args.runs, resume=args.resume)
+    with one_command():
+        train_vqgan(load_config(VQGANRunConfig, args.config, args.overrides), args.runs, resume=args.resume)

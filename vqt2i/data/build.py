@@ -1,6 +1,5 @@
 """From a source to a data set on disk: decode, filter, find duplicates, deal into splits, write, report."""
 
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from vqt2i.data.shards import MAX_KEY_CHARS, SPEC_NAME, DataSet, ImageFormat, Sh
 from vqt2i.data.sources import Entries, Item, Rejection
 from vqt2i.errors import DataError
 from vqt2i.files import new_folder
-from vqt2i.runtime import progress, say
+from vqt2i.runtime import is_first_process, progress, say
 
 
 class BuildConfig(Config):
@@ -276,10 +275,10 @@ def build_shapes(
 def ensure_default_dataset(folder: Path) -> DataSet:
     """The embedded data set at `folder`, drawn first if it is not there yet.
 
-    Under several processes on a machine the first one draws and the others wait for it.
+    Of several processes the first one draws and the others wait for it.
     """
     if not (folder / SPEC_NAME).exists():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_process():
             say(f"{folder}: no data set there yet; drawing the embedded one ({SHAPES_CONFIG.size_px} px shapes), once")
             return build_shapes(folder)
         while not (folder / SPEC_NAME).exists():

@@ -17,6 +17,7 @@ from vqt2i.runtime import say
 from vqt2i.text import TextTokenizer
 from vqt2i.training.batches import Batch
 from vqt2i.training.compiled import compile_for_training
+from vqt2i.training.launch import find_world
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
@@ -151,7 +152,8 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume, deepspeed: 
     samples = image_samples(config.data, dataset, config.image_size_px, tokenizer, config.trainer.seed)
     tokenizer_card = {"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint}
     module = CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps)
-    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size)
+    n_devices = find_world(config.trainer.devices).size
+    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size(n_devices))
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
         module,

@@ -21,6 +21,7 @@ from vqt2i.text import TextBatch, TextTokenizer
 from vqt2i.training.batches import Batch, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.encode import ensure_store
+from vqt2i.training.launch import find_world
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_flops
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
@@ -210,13 +211,14 @@ def train_gpt(
     dataset = open_dataset(config.data)
     tokenizer = TextTokenizer.load(config.text_tokenizer)
     gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint)
-    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size)
-    device = pick_device()
+    world, device = find_world(config.trainer.devices), pick_device()
+    micro_batch_size = config.trainer.micro_batch_size(world.size)
+    ds_json = choose_deepspeed(deepspeed, config.deepspeed, micro_batch_size)
     require_fits(
         gpt_config,
         setting_of(ds_json, activation_checkpointing=config.training.activation_checkpointing),
-        hardware_of(device, config.trainer.devices),
-        batch_per_gpu=config.trainer.micro_batch_size,
+        hardware_of(device, world.size, world.n_nodes),
+        batch_per_gpu=micro_batch_size,
         precision=pick_precision(config.trainer.precision, device.type),
     )
     L.seed_everything(config.trainer.seed, verbose=False)

@@ -34,7 +34,9 @@ class TrainingError(UserError):
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop has stopped, with a checkpoint to go on from; the process exits with `STOPPED`.
+    """A run that was asked to stop has stopped: with a checkpoint to go on from, or before its first step.
+
+    The process exits with `STOPPED`.
 
     Only the first process does: Lightning's launcher kills the first process where another ends with an error.
     """

@@ -260,12 +260,16 @@ def setting_of(deepspeed: dict[str, Any] | None, *, activation_checkpointing: bo
     return Setting(zero.get("stage", 0), offload, activation_checkpointing)
 
 
-def hardware_of(device: torch.device, n_devices: int) -> Hardware:
-    """The devices of this machine: CUDA's own memory, or an equal share of the machine's for CPU ranks."""
+def hardware_of(device: torch.device, n_devices: int, n_nodes: int = 1) -> Hardware:
+    """Devices like this machine's, on as many nodes like it.
+
+    CUDA's own memory, or an equal share of the machine's for CPU ranks.
+    """
+    n_here = n_devices // n_nodes
     if device.type == "cuda":
-        return Hardware(n_devices, torch.cuda.get_device_properties(device).total_memory, n_devices)
+        return Hardware(n_devices, torch.cuda.get_device_properties(device).total_memory, n_here)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Hardware(n_devices, memory // n_devices, n_devices, "cpu")
+    return Hardware(n_devices, memory // n_here, n_here, "cpu")
 
 
 @contextmanager

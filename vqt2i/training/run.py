@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
@@ -29,6 +28,7 @@ from vqt2i.training.callbacks import Outputs
 from vqt2i.training.checkpoints import CheckpointFile, RandomStates
 from vqt2i.training.compiled import EagerValidation
 from vqt2i.training.guard import StepGuard
+from vqt2i.training.launch import World, cluster_environment, find_world, from_first
 from vqt2i.training.metrics import MetricsLogger
 from vqt2i.training.start import Resume, Start, begin_run
 from vqt2i.training.strategy import build_strategy
@@ -61,8 +61,9 @@ class DataConfig(Config):
 
 
 class TrainerConfig(Config):
-    """batch_size: samples per step over all devices. precision "auto" is fp32 or bf16, whichever is faster here; fp16
-    (loss scaled) is for GPUs without bf16.
+    """batch_size: samples per step over all devices. devices: over all nodes, a process each; null is as many as the
+    launcher started (torchrun, deepspeed, srun), without one 1. precision "auto" is fp32 or bf16, whichever is faster
+    here; fp16 (loss scaled) is for GPUs without bf16.
 
     accumulate: parts that a step's batch is read in, one after the other, where it does not fit the memory at once.
     validate_every_steps: also how often a picture is drawn. checkpoint_every_steps: how often a checkpoint and after it
@@ -77,7 +78,7 @@ class TrainerConfig(Config):
     batch_size: PositiveInt = 64
     accumulate: PositiveInt = 1
     seed: NonNegativeInt = 0
-    devices: PositiveInt = 1
+    devices: PositiveInt | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_clip: float | None = Field(1.0, gt=0)
     validate_every_steps: PositiveInt = 500
@@ -95,15 +96,23 @@ class TrainerConfig(Config):
         if self.validate_every_steps < self.max_steps and self.max_steps % self.validate_every_steps:
             raise ValueError(f"validate_every_steps ({self.validate_every_steps}) must divide max_steps "
                              f"({self.max_steps}), so that the last step is validated and exported")  # fmt: skip
-        if self.batch_size % (self.devices * self.accumulate):
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of devices ({self.devices}) times "
-                             f"accumulate ({self.accumulate})")  # fmt: skip
+        try:
+            self.micro_batch_size(self.devices or 1)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
-    @property
-    def micro_batch_size(self) -> int:
-        """Samples that one device reads at once."""
-        return self.batch_size // (self.devices * self.accumulate)
+    def micro_batch_size(self, n_devices: int) -> int:
+        """Samples that one device of so many reads at once.
+
+        Raises:
+            ConfigError: the batch cannot be dealt out evenly.
+        """
+        size, rest = divmod(self.batch_size, n_devices * self.accumulate)
+        if rest:
+            raise ConfigError(f"batch_size ({self.batch_size}) must be a multiple of devices ({n_devices}) times "
+                              f"accumulate ({self.accumulate})")  # fmt: skip
+        return size
 
 
 def open_dataset(config: DataConfig) -> DataSet:
@@ -133,17 +142,18 @@ class StageData(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         return validation_loader(
-            self.validation, batch_size=self.config.micro_batch_size, n_samples=self.config.n_validation_samples,
-            text_length=self.text_length, **self._ranks(),
+            self.validation, batch_size=self.config.micro_batch_size(self.trainer.world_size),
+            n_samples=self.config.n_validation_samples, text_length=self.text_length, **self._ranks(),
         )  # fmt: skip
 
 
 def require_possible(module: L.LightningModule, config: TrainerConfig) -> None:
-    """Check that the settings suit the stage.
+    """Check that the settings suit the stage and the processes that were started.
 
     Raises:
         ConfigError: they do not.
     """
+    config.micro_batch_size(find_world(config.devices).size)
     if not module.automatic_optimization and (config.precision == "fp16" or config.accumulate > 1):
         raise ConfigError(f"trainer: {type(module).__name__} has two optimizers and trains with precision fp32 or bf16 "
                           f"and accumulate 1; found {config.precision} and {config.accumulate}")  # fmt: skip
@@ -173,14 +183,20 @@ def fit(
     device = pick_device()
     require_possible(module, config)
     require_views(config.log_to)
-    start, precision = begin_run(runs, name, resume, run_config, card, device.type, deepspeed)
+    world, timeout = find_world(config.devices), timedelta(seconds=config.rank_timeout_s)
+    start, precision = from_first(
+        lambda: begin_run(
+            runs, name, resume, run_config, card, device.type, n_devices=world.size, deepspeed=deepspeed
+        ),
+        timeout,
+    )
     if deepspeed is not None and is_first_process():
         write_json(start.folder / "deepspeed.json", deepspeed)  # before Lightning completes it
     begun_seconds = time.monotonic()
     _quiet_lightning()
     from_step = f" from step {start.step:,}" if start.checkpoint else ""
     say(f"training {name} into {start.folder}{from_step}: {config.max_steps:,} steps of {config.batch_size}, "
-        f"{precision} on {config.devices} x {device.type}, {sum(p.numel() for p in _trained(module)):,} "
+        f"{precision} on {world.size} x {device.type}, {sum(p.numel() for p in _trained(module)):,} "
         "parameters")  # fmt: skip
     views = open_views(config.log_to, start, run_config.model_dump(mode="json"))
     guard = StepGuard(start.folder, config.max_nonfinite_steps)
@@ -188,16 +204,15 @@ def fit(
         start, exporter(module, start, run_config, model_config, card), guard,
         every_steps=config.checkpoint_every_steps, keep_last=config.keep_last, best_by=module.best_by, views=views,
     )  # fmt: skip
-    timeout = timedelta(seconds=config.rank_timeout_s)
     with step_bar(name, config.max_steps) as show:
         report = StepReport(config.batch_size // config.accumulate, precision, views, show)
         trainer = build_trainer(
-            config, device, precision,
+            config, device, precision, world,
             strategy=build_strategy(
-                device, config.devices, deepspeed,
+                device, world.size, deepspeed,
                 checkpoint=start.checkpoint, find_unused_parameters=find_unused_parameters, timeout=timeout,
             ),
-            plugins=trainer_plugins(deepspeed),
+            plugins=trainer_plugins(world, deepspeed),
             logger=[MetricsLogger(start.folder), *views],
             callbacks=[report, RandomStates(), guard, outputs, EagerValidation()],
             gradient_clip_val=config.gradient_clip if module.automatic_optimization else None,
@@ -225,11 +240,14 @@ def exporter(
     return export
 
 
-def build_trainer(config: TrainerConfig, device: torch.device, precision: Precision, **parts: Any) -> L.Trainer:
+def build_trainer(
+    config: TrainerConfig, device: torch.device, precision: Precision, world: World, **parts: Any
+) -> L.Trainer:
     """A Trainer as the settings say. `parts`: those of its arguments that depend on the run."""
     return L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
-        devices=config.devices,
+        devices=world.devices_per_node,
+        num_nodes=world.n_nodes,
         precision=LIGHTNING_PRECISION[precision],
         accumulate_grad_batches=config.accumulate,
         max_steps=config.max_steps,
@@ -253,19 +271,16 @@ def _quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
         ".*smaller than the logging interval.*",
+        ".*`srun` command is available.*",
         ".*LeafSpec.*",
         "You're resuming from a checkpoint that ended before the epoch.*",  # our batches follow from the step alone
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
-def trainer_plugins(deepspeed: dict[str, Any] | None) -> list[Any]:
-    """How checkpoints are written, and that SLURM jobs are not requeued by Lightning."""
-    plugins: list[Any] = [] if deepspeed is not None else [CheckpointFile()]  # DeepSpeed writes its own
-    if SLURMEnvironment.detect():
-        # a signal ends the run with a checkpoint and the exit code STOPPED; Lightning would requeue the job by itself
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    return plugins
+def trainer_plugins(world: World, deepspeed: dict[str, Any] | None) -> list[Any]:
+    """How the ranks are known, and checkpoints written (DeepSpeed writes its own)."""
+    return [cluster_environment(world), *([] if deepspeed is not None else [CheckpointFile()])]
 
 
 def _card_parts(card: dict[str, Any]) -> list[dict[str, Any]]:

@@ -38,8 +38,8 @@ class Start(NamedTuple):
 
 
 def begin_run(
-    runs: Path, name: str, resume: Resume, config: Config, card: dict[str, Any], device_type: str,
-    deepspeed: dict[str, Any] | None,
+    runs: Path, name: str, resume: Resume, config: Config, card: dict[str, Any], device_type: str, *,
+    n_devices: int, deepspeed: dict[str, Any] | None,
 ) -> tuple[Start, Precision]:  # fmt: skip
     """Find where the run starts, check that it may, and write config.yaml and run.json into its folder.
 
@@ -55,7 +55,7 @@ def begin_run(
     fingerprints = {k: v["fingerprint"] for k, v in card.items() if isinstance(v, dict) and "fingerprint" in v}
     if start.checkpoint is not None:
         record = read_record(start.folder)
-        require_same_run(start, record, config, fingerprints, deepspeed)
+        require_same_run(start, record, config, fingerprints, n_devices=n_devices, deepspeed=deepspeed)
     else:
         # "auto" is measured, and might come out otherwise at the next start
         precision = pick_precision(trainer.precision, device_type)
@@ -64,7 +64,7 @@ def begin_run(
         for later in checkpoints_in(start.folder):
             if step_of(later) > start.step:
                 set_aside(later, f"later than step {start.step:,}, which is gone on from")
-        begun = describe_start(start.step, trainer.devices)
+        begun = describe_start(start.step, n_devices)
         save_config(config, start.folder / "config.yaml")
         write_record(start.folder, record.model_copy(update={"starts": (*record.starts, begun)}))
         keep_metrics_before(start.folder / METRICS, start.step)
@@ -140,8 +140,8 @@ def is_exported(run: Path, step: int) -> bool:
 
 
 def require_same_run(
-    start: Start, record: RunRecord, config: Config, fingerprints: dict[str, str],
-    deepspeed: dict[str, Any] | None,
+    start: Start, record: RunRecord, config: Config, fingerprints: dict[str, str], *,
+    n_devices: int, deepspeed: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     """Check that what is gone on with is the run that was begun.
 
@@ -162,12 +162,19 @@ def require_same_run(
         if record.fingerprints.get(what) != fingerprint:
             before = record.fingerprints.get(what, "none")
             differences.append(f"{what}: fingerprint {before[:8]} before, {fingerprint[:8]} now")
-    devices_before, devices = record.starts[-1].devices, config.trainer.devices
+    devices_before = record.starts[-1].devices
+    if config.data.stream:  # which samples a step reads follows from them
+        workers_before = begun["trainer.n_workers"]
+        if max(workers_before, 1) != max(config.trainer.n_workers, 1):  # 0 is this process, as one worker
+            differences.append(f"trainer.n_workers: {workers_before} before, {config.trainer.n_workers} now; "
+                               "data.stream needs as many")  # fmt: skip
+        if devices_before != n_devices:
+            differences.append(f"devices: {devices_before} before, {n_devices} now; data.stream needs as many")
     if start.checkpoint.is_dir() != (deepspeed is not None):
         before, now = ("with", "without") if deepspeed is None else ("without", "with")
         differences.append(f"{before} DeepSpeed before, {now} now")
-    elif deepspeed is not None and keeps_states_on_nvme(deepspeed) and devices_before != devices:
-        differences.append(f"trainer.devices: {devices_before} before, {devices} now, but of the optimizer's state on "
+    elif deepspeed is not None and keeps_states_on_nvme(deepspeed) and devices_before != n_devices:
+        differences.append(f"devices: {devices_before} before, {n_devices} now, but of the optimizer's state on "
                            "NVMe each rank goes on with its own")  # fmt: skip
     if differences:
         raise ConfigError(f"{start.folder} was begun as another run: {'; '.join(differences)}. Resume it with "
