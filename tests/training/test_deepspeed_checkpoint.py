@@ -117,7 +117,7 @@ def test_states_on_nvme_are_not_gone_on_with_by_another_number_of_ranks(train, t
     checkpoint_path(run, 1).unlink()
     checkpoint_path(run, 1).mkdir()
     (checkpoint_path(run, 1) / FILES).write_text("{}")  # looks like one of DeepSpeed's
-    with pytest.raises(ConfigError, match=r"trainer\.devices: 1 before, 2 now, but of the optimizer's state on NVMe"):
+    with pytest.raises(ConfigError, match=r"devices: 1 before, 2 now, but of the optimizer's state on NVMe"):
         train("gpt", "trainer.devices=2", *nvme, resume=run, deepspeed=True)
 
 

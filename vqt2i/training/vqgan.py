@@ -63,7 +63,7 @@ class VQGANModule(L.LightningModule):
     """
 
     best_by = "val/loss"  # the checkpoint with the least is kept
-    exported = "averaged.module"  # by this name the exported model is in a checkpoint
+    exported = "averaged"  # by this name the exported model is in a checkpoint
 
     def __init__(self, model: ImageTokenizer, config: VQGANTrainingConfig, max_steps: int) -> None:
         super().__init__()
