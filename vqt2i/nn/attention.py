@@ -1,10 +1,10 @@
-"""Causal attention on CPUs, in blocks of queries.
+"""Causal attention for bf16 on CPUs, in blocks of queries.
 
-PyTorch's CPU kernel computes whole rows of scores, hidden or not, and its products of bf16 are slow where the CPU has
-no AMX. Here a block of queries is multiplied with the keys that it can see, in fp32, and the probabilities are computed
-again for the backward pass as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, §3.1), so that memory stays linear
-in L. Forward and backward pass of 4 x 12 heads at 376 positions, one thread of an AVX512-BF16 Xeon: 53 ms instead of 63
-in fp32, 58 instead of 119 in bf16.
+PyTorch's CPU kernel multiplies bf16 slowly where the CPU has no AMX, and computes whole rows of scores, hidden or not.
+Here a block of queries is multiplied with the keys that it can see, in fp32, and the probabilities are computed again
+for the backward pass as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, §3.1), so that memory stays linear in L.
+Forward and backward pass of 4 x 12 heads at 376 positions on one thread of an AVX512-BF16 Xeon: 58 ms instead of 119.
+In fp32 PyTorch's is as fast: 63 ms against 53 on one thread, 37 against 38 on two.
 
 B batch, N heads, L sequence, H head width
 """

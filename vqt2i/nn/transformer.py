@@ -132,7 +132,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if causal and x_BLD.device.type == "cpu" and not dropout:
+        if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout:
             y = causal_attention(q, k, v, mask_B1LK)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1LK, dropout_p=dropout)

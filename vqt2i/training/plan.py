@@ -172,8 +172,9 @@ def count_activations(
     if device == "cpu":
         # no fused norms: what is normalised is kept before it is scaled
         per_position += n_norms * width * norm
-    else:
-        per_position += length * c + FP32 * t.n_heads  # the mask as attention takes it, and its log-sum-exp
+    if device == "cuda" or c == FP32:  # attention is PyTorch's and not that of nn/attention.py
+        per_position += length * c + FP32 * t.n_heads  # the mask as it is added to the scores, and their log-sum-exp
+        per_position += width * c if device == "cpu" else 0  # a copy of the output
     scored = _scored(layout)
     n_scored = sum(n for n, _ in scored)
     head = (

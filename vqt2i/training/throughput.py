@@ -82,7 +82,7 @@ class Rate:
 class StepReport(L.Callback):
     """Tells step, losses, rate, MFU, peak memory and time left: live on a terminal, else in a line every 15 seconds.
 
-    The rate is that of steps (see `Meter`); the time left goes by all the time since the start, so that it has its
+    The rate is that of steps (see `Meter`); the time left goes by all the time since the first batch, so that it has its
     share of validations and checkpoints. MFU: training FLOP/s over what the machine itself reaches in matrix products
     (`matmul_rate`) times the number of devices. Ranks on CPUs share cores, so that theirs comes out too low.
 
@@ -107,8 +107,8 @@ class StepReport(L.Callback):
             torch.cuda.reset_peak_memory_stats(module.device)
         self.meter = Meter()
         self.told, self.logged = Rate(self.meter), Rate(self.meter)
-        self.start_seconds = self.last_seconds = time.monotonic()
-        self.first_step = self.last_logged = trainer.global_step
+        self.start_seconds: float | None = None  # of the second batch: in the first, things are compiled
+        self.last_logged = trainer.global_step
         self.facts = ""
 
     def on_train_batch_end(
@@ -118,6 +118,9 @@ class StepReport(L.Callback):
             return
         self.meter.batch_ended()
         now, step = time.monotonic(), trainer.global_step
+        if self.start_seconds is None:
+            self.start_seconds = self.last_seconds = now
+            self.first_step = step
         if step != self.last_logged and step % trainer.log_every_n_steps == 0:
             self.last_logged = step
             self._log(module, step)
