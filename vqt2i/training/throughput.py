@@ -82,9 +82,9 @@ class Rate:
 class StepReport(L.Callback):
     """Tells step, losses, rate, MFU, peak memory and time left: live on a terminal, else in a line every 15 seconds.
 
-    The rate is that of steps (see `Meter`); the time left goes by all the time since the first batch, so that it has its
-    share of validations and checkpoints. MFU: training FLOP/s over what the machine itself reaches in matrix products
-    (`matmul_rate`) times the number of devices. Ranks on CPUs share cores, so that theirs comes out too low.
+    The rate is that of steps (see `Meter`); the time left goes by all the time since the first batch, so that it has
+    its share of validations and checkpoints. MFU: training FLOP/s over what the machine itself reaches in matrix
+    products (`matmul_rate`) times the number of devices. Ranks on CPUs share cores, so theirs comes out too low.
 
     Rate, MFU and memory also go to `views` (TensorBoard, W&B) with the other metrics, but not to metrics.csv: that of a
     resumed run is equal to that of one that never stopped, bit by bit.
