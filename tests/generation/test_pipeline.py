@@ -1,9 +1,11 @@
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vqt2i.checkpoint import load_model, save_model
 from vqt2i.errors import CheckpointError, PromptError
@@ -87,6 +89,19 @@ def test_pictures_are_the_decoded_codes(pipeline: TextToImage) -> None:
     assert sample.image_HW3.shape == (16, 16, 3) and sample.image_HW3.dtype == np.uint8
     decoded = pipeline.vq.decode(torch.from_numpy(sample.image_ids_HW)[None])[0]
     assert np.abs((decoded.movedim(0, -1).numpy() + 1) * 127.5 - sample.image_HW3).max() <= 0.51
+
+
+def test_a_notebook_shows_a_sample_as_its_picture(pipeline: TextToImage) -> None:
+    sample = pipeline.generate(PROMPTS[:1])[0]
+    shown = Image.open(io.BytesIO(sample._repr_png_()))
+    assert shown.format == "PNG" and np.array_equal(np.asarray(shown), sample.image_HW3)
+    assert len(repr(sample)) < 200 and "a red square" in repr(sample)
+
+
+def test_a_string_is_one_prompt(pipeline: TextToImage) -> None:
+    alone, listed = pipeline.generate("a red square", n=2), pipeline.generate(["a red square"], n=2)
+    assert [s.prompt for s in alone] == ["a red square"] * 2
+    assert all(np.array_equal(a.image_HW3, b.image_HW3) for a, b in zip(alone, listed, strict=True))
 
 
 def test_the_pipelines_own_sampling_is_used_unless_another_is_given(pipeline: TextToImage) -> None:

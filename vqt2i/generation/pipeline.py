@@ -1,5 +1,6 @@
 """`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from vqt2i.checkpoint import load_model, require_same
@@ -35,9 +37,9 @@ class PipelineConfig(Config):
     example_prompts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture with what made it.
+    """A picture with what made it; notebooks show it as a picture.
 
     image_HW3: uint8 RGB. image_ids_HW: its codes. scores: by scorer, higher is better; empty if nothing was scored.
     n_truncated: prompt ids that the model could not read.
@@ -47,10 +49,20 @@ class Sample:
     prompt_index: int
     image_index: int
     seed: int
-    image_HW3: np.ndarray
-    image_ids_HW: np.ndarray
+    image_HW3: np.ndarray = field(repr=False)
+    image_ids_HW: np.ndarray = field(repr=False)
     n_truncated: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as Pillow has it: `sample.image.save("red.png")`."""
+        return Image.fromarray(self.image_HW3)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.image.save(buffer, "png")
+        return buffer.getvalue()
 
 
 def pipeline_folders(folder: Path) -> dict[str, Path | None]:
@@ -122,7 +134,7 @@ class TextToImage:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         n: int = 1,
         rerank: int | None = None,
@@ -133,9 +145,13 @@ class TextToImage:
     ) -> list[Sample]:
         """The best `n` pictures of each prompt, prompt by prompt, best first.
 
+        Equal arguments give equal pictures.
+
         Args:
+            prompts: what to draw, in any language; a single string is one prompt.
             rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
             scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption".
+            sampling: guidance, temperature and so on; None is the pipeline's own.
             on_token: called after each decoding step with the number of images that got a token.
 
         Raises:
@@ -153,7 +169,7 @@ class TextToImage:
 
     def candidates(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         count: int,
         *,
         scorer: Scorer | None = None,
@@ -171,7 +187,7 @@ class TextToImage:
         if scored and scorer != "caption" and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
-        prompts = [clean_text(prompt) for prompt in prompts]
+        prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         texts = [tuple(self.text.encode(prompt)) for prompt in prompts]
         jobs = [Job(text, p, i) for p, text in enumerate(texts) for i in range(count)]
         if not jobs:
