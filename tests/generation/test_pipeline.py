@@ -73,6 +73,30 @@ def test_the_score_both_is_combined_within_each_prompt(pipeline: TextToImage) ->
         assert [s.scores["both"] for s in group] == pytest.approx(combine(scores).tolist(), abs=1e-3)
 
 
+def test_drawing_may_begin_at_any_prompt_and_holds_a_bounded_number(
+    pipeline: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, drawn = PROMPTS * 5, []
+    whole = pipeline.candidates(prompts, 3)
+    monkeypatch.setattr("vqt2i.generation.pipeline.ROWS_AT_ONCE", 7)
+    for first in (0, 1, 4, 9, 10):
+        groups = pipeline.candidates(prompts, 3, first=first, on_token=drawn.append)
+        for a, b in zip(groups, whole[first:], strict=True):
+            assert [(s.prompt, s.prompt_index, s.image_index) for s in a] == [
+                (s.prompt, s.prompt_index, s.image_index) for s in b
+            ]
+            assert all(np.array_equal(s.image_ids_HW, t.image_ids_HW) for s, t in zip(a, b, strict=True))
+    assert max(drawn) == 6
+
+
+def test_pictures_come_before_all_are_drawn(pipeline: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqt2i.generation.pipeline.ROWS_AT_ONCE", 2)
+    tokens = []
+    groups = pipeline.stream(PROMPTS * 3, 2, on_token=tokens.append)
+    assert tokens == []
+    assert [s.prompt_index for s in next(groups)] == [0, 0] and sum(tokens) == 2 * 16
+
+
 def test_reranking_keeps_the_best_n_of_the_same_candidates(pipeline: TextToImage) -> None:
     groups = pipeline.candidates(PROMPTS, 4, scorer="clip")
     kept = pipeline.generate(PROMPTS, n=2, rerank=4, scorer="clip")

@@ -1,10 +1,11 @@
 """`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -161,24 +162,39 @@ class TextToImage:
             raise PromptError(f"number of pictures: found {n}, expected 1 or more")
         if rerank is not None and 1 <= rerank < n:
             raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
-        groups = self.candidates(
+        groups = self.stream(
             prompts, n if rerank is None else rerank, scorer=scorer, scored=rerank is not None,
             sampling=sampling, seed=seed, on_token=on_token,
         )  # fmt: skip
         return [sample for group in groups for sample in group[:n]]
 
-    def candidates(
+    def candidates(self, prompts: str | Sequence[str], count: int, **options: Any) -> list[list[Sample]]:
+        """What `stream` yields, as a list."""
+        return list(self.stream(prompts, count, **options))
+
+    def stream(
         self,
         prompts: str | Sequence[str],
         count: int,
         *,
+        first: int = 0,
         scorer: Scorer | None = None,
         scored: bool = True,
         sampling: SamplingConfig | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
-    ) -> list[list[Sample]]:
-        """All `count` pictures of each prompt: ranked best first if `scored`, else in the order of drawing."""
+    ) -> Iterator[list[Sample]]:
+        """All `count` pictures of each prompt, as they are drawn: ranked best first if `scored`, else in drawing order.
+
+        Holds max(`count`, ROWS_AT_ONCE) pictures at once, however many prompts there are. A picture depends on the
+        seed, its prompt's index and its own only, so that drawing may go on at any prompt.
+
+        Args:
+            first: index of the prompt to begin with.
+
+        Raises:
+            PromptError: at the call, before anything is drawn: numbers out of range, or a scorer that is not there.
+        """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
         scorer = scorer or self.default_scorer
@@ -188,29 +204,51 @@ class TextToImage:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
         prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        texts = [tuple(self.text.encode(prompt)) for prompt in prompts]
-        jobs = [Job(text, p, i) for p, text in enumerate(texts) for i in range(count)]
-        if not jobs:
-            return []
-        ids_BHW = decode_image_ids(self.gpt, jobs, sampling or self.config.sampling, seed, on_token=on_token)
+        at_once = max(1, ROWS_AT_ONCE // count)
+        # the parts lie alike whatever the first is: in another batch a score may differ in its last bit
+        starts = range(first - first % at_once, len(prompts), at_once)
+        parts = (range(start, min(start + at_once, len(prompts))) for start in starts)
+        draw = partial(
+            self._draw, prompts, count=count, scorer=scorer if scored else None,
+            sampling=sampling or self.config.sampling, seed=seed, on_token=on_token,
+        )  # fmt: skip
+        return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
+
+    def _draw(
+        self,
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        *,
+        count: int,
+        scorer: Scorer | None,
+        sampling: SamplingConfig,
+        seed: int,
+        on_token: Callable[[int], None] | None,
+    ) -> list[list[Sample]]:
+        """The candidates of the prompts of these indices, all drawn together."""
+        texts = {p: tuple(self.text.encode(prompts[p])) for p in indices}
+        jobs = [Job(text, p, i) for p, text in texts.items() for i in range(count)]
+        ids_BHW = decode_image_ids(self.gpt, jobs, sampling, seed, on_token=on_token)
         image_B3HW = self._decode(ids_BHW)
-        scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scored else {}
+        scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scorer else {}
         pictures = to_uint8(image_B3HW)
         limit = self.gpt.layout.config.text_length
         groups = []
-        for p, prompt in enumerate(prompts):
-            rows = slice(p * count, (p + 1) * count)
+        for start in range(0, len(jobs), count):
+            rows = slice(start, start + count)
             ranking = {name: values[rows] for name, values in scores.items()}
             if len(ranking) > 1:
                 ranking["both"] = combine(ranking)
+            # copies: a view would keep the pictures of the whole part for as long as one of them is kept
             group = [
                 Sample(
-                    prompt, p, i, seed, pictures[row], ids_BHW[row].numpy(), max(0, len(texts[p]) - limit),
-                    {name: float(values[i]) for name, values in ranking.items()},
+                    prompts[job.prompt_index], job.prompt_index, job.image_index, seed, pictures[row].copy(),
+                    ids_BHW[row].numpy().copy(), max(0, len(job.text_ids) - limit),
+                    {name: float(values[job.image_index]) for name, values in ranking.items()},
                 )
-                for i, row in enumerate(range(len(jobs))[rows])
+                for row, job in enumerate(jobs[rows], start)
             ]  # fmt: skip
-            groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scored else group)
+            groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scorer else group)
         return groups
 
     @torch.inference_mode()
@@ -220,7 +258,7 @@ class TextToImage:
 
     def _score(
         self,
-        scorer: Literal["clip", "caption", "both"],
+        scorer: Scorer,
         image_B3HW: Tensor,
         ids_BHW: Tensor,
         texts: list[tuple[int, ...]],
