@@ -235,3 +235,19 @@ def test_prompts_that_are_too_long_are_told_a_few_times_only(draw, capsys: pytes
     assert draw(*["red " * 50] * 5, "--n", 1) == 0
     told = capsys.readouterr().err
     assert told.count("did not fit") == 3 and "so it was with 2 more prompts" in told
+
+
+def test_a_preview_is_there_while_it_draws(
+    draw, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, seen = OutputFolder.write, []
+
+    def write_and_look(self: OutputFolder, group: list) -> None:
+        seen.append((self.path / "preview.png").is_file())
+        write(self, group)
+
+    monkeypatch.setattr(OutputFolder, "write", write_and_look)
+    assert draw("x", "--n", 1, "--preview", "--out", "o") == 0
+    assert seen == [True] and "preview: o/preview.png" in capsys.readouterr().err
+    assert draw("x", "--n", 1, "--out", "plain") == 0
+    assert contents_of("o") == contents_of("plain")

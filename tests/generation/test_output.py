@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from vqt2i.errors import UserError
-from vqt2i.generation import Sample, TextToImage
-from vqt2i.generation.output import OutputFolder, Request, next_folder
+from vqt2i.generation import Preview, Sample, TextToImage
+from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder
 from vqt2i.text import clean_text
 
 PROMPTS = [clean_text(text) for text in ("a red square", "红色 \ud800 正方形\n" + "long " * 200, "")]
@@ -126,6 +126,24 @@ def test_damage_is_told_by_name(folder: OutputFolder) -> None:
         (folder.path / "request.json").write_text(content)
         with pytest.raises(UserError, match=r"request\.json: damaged"):
             again(folder)
+
+
+def test_a_preview_file_is_a_whole_picture_written_when_it_is_time_and_gone_at_the_end(tmp_path: Path) -> None:
+    path, asked = tmp_path / "preview.png", []
+
+    def images() -> np.ndarray:
+        asked.append(len(asked))
+        return np.full((9, 16, 16, 3), len(asked), np.uint8)
+
+    with PreviewFile(path, seconds=3600) as show:
+        for _ in range(3):
+            show(Preview([], images))
+        assert asked == [0]
+        picture = np.asarray(Image.open(path))
+        assert picture.shape == (2 * 136 + 8, 8 * 136 + 8, 3)
+        assert (picture[8:136, 8:136] == 1).all() and (picture[144:272, 8:136] == 1).all()
+        assert (picture[144:272, 144:] == 255).all()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_are_numbered_on(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from vqt2i.checkpoint import load_model, save_model
 from vqt2i.errors import CheckpointError, PromptError
 from vqt2i.generation import SamplingConfig, TextToImage
 from vqt2i.generation.find import find_parts, write_pipeline
+from vqt2i.generation.pipeline import GREY
 from vqt2i.generation.rerank import combine
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.text.train import TextTokenizerConfig, train_text_tokenizer
@@ -95,6 +96,28 @@ def test_pictures_come_before_all_are_drawn(pipeline: TextToImage, monkeypatch: 
     groups = pipeline.stream(PROMPTS * 3, 2, on_token=tokens.append)
     assert tokens == []
     assert [s.prompt_index for s in next(groups)] == [0, 0] and sum(tokens) == 2 * 16
+
+
+def test_previews_show_what_is_drawn_and_grey_elsewhere(pipeline: TextToImage) -> None:
+    seen: list[tuple[list[tuple[int, int]], np.ndarray]] = []
+    groups = pipeline.candidates(
+        PROMPTS, 2, scored=False,
+        on_preview=lambda p: seen.append(([(j.prompt_index, j.image_index) for j in p.jobs], p.images())),
+    )  # fmt: skip
+    whole = np.stack([sample.image_HW3 for group in groups for sample in group])
+    assert len(seen) == 16 and all(jobs == [(0, 0), (0, 1), (1, 0), (1, 1)] for jobs, _ in seen)
+    assert np.array_equal(seen[-1][1], whole)
+    for n_drawn, (_, images) in enumerate(seen, 1):
+        # ids of a 4 x 4 grid, row by row, of 4 x 4 pixels each
+        cells = images.reshape(4, 4, 4, 4, 4, 3).swapaxes(2, 3).reshape(4, 16, -1)
+        assert (cells[:, n_drawn:] == GREY).all() and (cells[:, :n_drawn] != GREY).any(axis=(0, 2)).all()
+
+
+def test_watching_changes_no_picture(pipeline: TextToImage) -> None:
+    plain = pipeline.generate(PROMPTS, n=2)
+    for look in (lambda preview: None, lambda preview: preview.images()):
+        watched = pipeline.generate(PROMPTS, n=2, on_preview=look)
+        assert all(np.array_equal(a.image_HW3, b.image_HW3) for a, b in zip(plain, watched, strict=True))
 
 
 def test_reranking_keeps_the_best_n_of_the_same_candidates(pipeline: TextToImage) -> None:

@@ -24,14 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder, or one to go on with "
                         "(default: outputs/0001 and so on)")  # fmt: skip
+    parser.add_argument("--preview", action="store_true", help="show what is drawn while its tokens come: writes "
+                        "preview.png in the folder over and over")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
 
 
 def run(args: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+
     from vqt2i.cli.options import sampling_from
     from vqt2i.errors import PromptError
     from vqt2i.generation.find import open_pipeline
-    from vqt2i.generation.output import OutputFolder, Request, next_folder
+    from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder
     from vqt2i.generation.prompts import read_prompts
     from vqt2i.runtime import counter, say
     from vqt2i.text import clean_text
@@ -48,18 +52,22 @@ def run(args: argparse.Namespace) -> None:
     settings = {**sampling.model_dump(), "rerank": args.rerank, "scorer": scorer, "seed": args.seed}
     out = args.out or next_folder(Path("outputs"))
     outputs = OutputFolder(out, Request(prompts, n, settings, pipeline.fingerprints))
+    if args.preview:
+        say(f"preview: {out / 'preview.png'}")
     if outputs.n_done:
         say(f"{out}: {outputs.n_done:,} of {len(prompts):,} prompts are there")
     count = args.rerank or n
     total, tokens_per_image = (len(prompts) - outputs.n_done) * count, pipeline.gpt.layout.image_length
+    preview = PreviewFile(out / "preview.png") if args.preview else None
     truncated = []
     try:
         with counter("drawing", total, unit="images") as advance:
             groups = pipeline.stream(
                 prompts, count, first=outputs.n_done, scorer=scorer, scored=args.rerank is not None,
                 sampling=sampling, seed=args.seed, on_token=lambda n_images: advance(n_images / tokens_per_image),
+                on_preview=preview,
             )  # fmt: skip
-            with outputs:
+            with outputs, preview or nullcontext():
                 for group in groups:
                     outputs.write(group)
                     if group[0].n_truncated:

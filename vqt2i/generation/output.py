@@ -6,18 +6,20 @@ its candidates. `grid.png`, of more prompts than fit one `grid-000.png` and so o
 
 import io
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from vqt2i.errors import UserError
 from vqt2i.files import require_free, write_atomic, write_json
-from vqt2i.generation.pipeline import Sample
+from vqt2i.generation.pipeline import Preview, Sample
 
 REQUEST, SCORES = "request.json", "scores.jsonl"
 TILE_PX, MARGIN_PX, LABEL_PX = 128, 8, 16
@@ -114,6 +116,43 @@ class OutputFolder:
     def _write_grid(self) -> None:
         path = self.grids[(self.n_done - 1) // self._per_grid]
         write_atomic(path, png_bytes(labelled_grid(self.path, self._ungridded)))
+
+
+class PreviewFile:
+    """A picture of the images that are being drawn, written over and over as their tokens come; pass it `on_preview`.
+
+    As a context it leaves no file behind.
+    """
+
+    def __init__(self, path: Path, seconds: float = 1.0) -> None:
+        """seconds: from one picture to the next; more where making one takes over a quarter of that."""
+        self.path, self.seconds = path, seconds
+        self._next = 0.0
+
+    def __enter__(self) -> "PreviewFile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def __call__(self, preview: Preview) -> None:
+        """Write the picture if it is time for one."""
+        start = time.monotonic()
+        if start < self._next:
+            return
+        write_atomic(self.path, png_bytes(_tiled(preview.images())))
+        end = time.monotonic()
+        self._next = end + max(self.seconds, 4 * (end - start))
+
+
+def _tiled(image_BHW3: np.ndarray) -> Image.Image:
+    columns = min(len(image_BHW3), GRID_COLUMNS // 2)
+    rows, tile_px = -(-len(image_BHW3) // columns), TILE_PX + MARGIN_PX
+    tiled = Image.new("RGB", (columns * tile_px + MARGIN_PX, rows * tile_px + MARGIN_PX), "white")
+    for i, image_HW3 in enumerate(image_BHW3):
+        at = MARGIN_PX + i % columns * tile_px, MARGIN_PX + i // columns * tile_px
+        tiled.paste(enlarged(Image.fromarray(image_HW3)), at)
+    return tiled
 
 
 def write_picture(path: Path, sample: Sample, request: Request) -> None:

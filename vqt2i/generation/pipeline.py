@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 PARTS = ("text", "vq", "gpt", "clip")
 PIPELINE = "pipeline.yaml"
 ROWS_AT_ONCE = 64  # images decoded or scored together: bounds the memory, changes no result
+GREY = 128
 
 
 class PipelineConfig(Config):
@@ -64,6 +65,17 @@ class Sample:
         buffer = io.BytesIO()
         self.image.save(buffer, "png")
         return buffer.getvalue()
+
+
+class Preview(NamedTuple):
+    """The images that are being drawn, as far as their tokens are.
+
+    jobs: which images, by prompt index and image index. images: decodes what there is of them when it is called; uint8
+    (images, height, width, 3), what is not drawn yet in GREY.
+    """
+
+    jobs: Sequence[Job]
+    images: Callable[[], np.ndarray]
 
 
 def pipeline_folders(folder: Path) -> dict[str, Path | None]:
@@ -143,6 +155,7 @@ class TextToImage:
         sampling: SamplingConfig | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
     ) -> list[Sample]:
         """The best `n` pictures of each prompt, prompt by prompt, best first.
 
@@ -154,6 +167,8 @@ class TextToImage:
             scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption".
             sampling: guidance, temperature and so on; None is the pipeline's own.
             on_token: called after each decoding step with the number of images that got a token.
+            on_preview: called after each decoding step with a `Preview`; it costs something where its images are asked
+                for, which need not be at every step.
 
         Raises:
             PromptError: numbers out of range, or a scorer that the pipeline does not have.
@@ -164,7 +179,7 @@ class TextToImage:
             raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
         groups = self.stream(
             prompts, n if rerank is None else rerank, scorer=scorer, scored=rerank is not None,
-            sampling=sampling, seed=seed, on_token=on_token,
+            sampling=sampling, seed=seed, on_token=on_token, on_preview=on_preview,
         )  # fmt: skip
         return [sample for group in groups for sample in group[:n]]
 
@@ -183,6 +198,7 @@ class TextToImage:
         sampling: SamplingConfig | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
     ) -> Iterator[list[Sample]]:
         """All `count` pictures of each prompt, as they are drawn: ranked best first if `scored`, else in drawing order.
 
@@ -210,7 +226,7 @@ class TextToImage:
         parts = (range(start, min(start + at_once, len(prompts))) for start in starts)
         draw = partial(
             self._draw, prompts, count=count, scorer=scorer if scored else None,
-            sampling=sampling or self.config.sampling, seed=seed, on_token=on_token,
+            sampling=sampling or self.config.sampling, seed=seed, on_token=on_token, on_preview=on_preview,
         )  # fmt: skip
         return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
 
@@ -224,11 +240,18 @@ class TextToImage:
         sampling: SamplingConfig,
         seed: int,
         on_token: Callable[[int], None] | None,
+        on_preview: Callable[[Preview], None] | None,
     ) -> list[list[Sample]]:
         """The candidates of the prompts of these indices, all drawn together."""
         texts = {p: tuple(self.text.encode(prompts[p])) for p in indices}
         jobs = [Job(text, p, i) for p, text in texts.items() for i in range(count)]
-        ids_BHW = decode_image_ids(self.gpt, jobs, sampling, seed, on_token=on_token)
+
+        def on_partial(part: Sequence[Job], ids_BI: Callable[[], Tensor]) -> None:
+            on_preview(Preview(part, lambda: self._decode_part(ids_BI())))
+
+        ids_BHW = decode_image_ids(
+            self.gpt, jobs, sampling, seed, on_token=on_token, on_partial=on_partial if on_preview else None
+        )
         image_B3HW = self._decode(ids_BHW)
         scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scorer else {}
         pictures = to_uint8(image_B3HW)
@@ -255,6 +278,18 @@ class TextToImage:
     def _decode(self, ids_BHW: Tensor) -> Tensor:
         device = next(self.vq.parameters()).device
         return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(ROWS_AT_ONCE)])
+
+    def _decode_part(self, ids_BI: Tensor) -> np.ndarray:
+        """Pictures (B, height, width, 3) of the first ids of each image; grey where there are none yet."""
+        layout, n_drawn = self.gpt.layout.config, ids_BI.shape[1]
+        rows, columns = layout.grid_height, layout.grid_width
+        # any ids do for the rest: it is painted over
+        ids_BHW = F.pad(ids_BI, (0, rows * columns - n_drawn)).reshape(-1, rows, columns)
+        image_BHW3 = to_uint8(self._decode(ids_BHW))
+        cell_px = image_BHW3.shape[1] // rows
+        missing_HW = (np.arange(rows * columns) >= n_drawn).reshape(rows, columns)
+        image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
+        return image_BHW3
 
     def _score(
         self,
