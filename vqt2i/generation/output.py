@@ -105,16 +105,17 @@ class OutputFolder:
             if name:
                 write_picture(self.path / name, sample, self.request)
         record = {"prompt": group[0].prompt, "n_truncated_ids": group[0].n_truncated, "candidates": candidates}
-        with open(self.path / SCORES, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.n_done += 1
         self._ungridded.append(record)
         if len(self._ungridded) == self._per_grid:
             self._write_grid()
             self._ungridded = []
+        # last, because it says that all else is there
+        with open(self.path / SCORES, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.n_done += 1
 
     def _write_grid(self) -> None:
-        path = self.grids[(self.n_done - 1) // self._per_grid]
+        path = self.grids[self.n_done // self._per_grid]
         write_atomic(path, png_bytes(labelled_grid(self.path, self._ungridded)))
 
 
