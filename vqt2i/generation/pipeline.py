@@ -222,7 +222,7 @@ class TextToImage:
         prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         at_once = max(1, ROWS_AT_ONCE // count)
         # the parts lie alike whatever the first is: in another batch a score may differ in its last bit
-        starts = range(first - first % at_once, len(prompts), at_once)
+        starts = range(first - first % at_once, len(prompts), at_once) if first < len(prompts) else ()
         parts = (range(start, min(start + at_once, len(prompts))) for start in starts)
         draw = partial(
             self._draw, prompts, count=count, scorer=scorer if scored else None,
