@@ -12,7 +12,7 @@ from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_fol
 from vqt2i.text import clean_text
 
 PROMPTS = [clean_text(text) for text in ("a red square", "红色 \ud800 正方形\n" + "long " * 200, "")]
-SETTINGS = {"guidance": 2.0, "seed": 3}
+SETTINGS = {"guidance": 2.0, "seed": 3, "interval": (0.0, 0.5)}
 
 
 @pytest.fixture
@@ -44,15 +44,16 @@ def test_a_picture_says_how_to_draw_it_again(folder: OutputFolder, groups: list[
     facts = json.loads(Image.open(folder.path / "001-00.png").text["vqt2i"])
     best = groups[1][0]
     assert facts == {
-        "prompt": best.prompt, "prompt_index": 1, "image_index": best.image_index, "seed": 3, "settings": SETTINGS,
-        "models": {"gpt": "abc"}, "scores": best.scores,
+        "prompt": best.prompt, "prompt_index": 1, "image_index": best.image_index, "seed": 3,
+        "settings": SETTINGS | {"interval": [0.0, 0.5]}, "models": {"gpt": "abc"}, "scores": best.scores,
     }  # fmt: skip
     assert facts["prompt"].startswith("红色")
 
 
 def test_the_request_and_every_candidates_scores_are_kept(folder: OutputFolder, groups: list[list[Sample]]) -> None:
     request = json.loads((folder.path / "request.json").read_text(encoding="utf-8"))
-    assert request == {"prompts": PROMPTS, "n": 2, "settings": SETTINGS, "models": {"gpt": "abc"}}
+    settings = SETTINGS | {"interval": [0.0, 0.5]}
+    assert request == {"prompts": PROMPTS, "n": 2, "settings": settings, "models": {"gpt": "abc"}}
     lines = (folder.path / "scores.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     for p, (line, group) in enumerate(zip(lines, groups, strict=True)):
         row = json.loads(line)

@@ -209,7 +209,8 @@ def _require_same(path: Path, request: Request) -> None:
     """Raise UserError with the differences if `path` was asked for otherwise."""
     try:
         there = Request(**json.loads((path / REQUEST).read_text(encoding="utf-8")))
-        differences = list(_differences(there, request))
+        now = Request(**json.loads(json.dumps(asdict(request))))  # as a file has it: lists for tuples
+        differences = list(_differences(there, now))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path / REQUEST}: damaged ({error}); give another --out") from error
     if differences:

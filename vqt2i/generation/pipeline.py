@@ -283,8 +283,9 @@ class TextToImage:
         """Pictures (B, height, width, 3) of the first ids of each image; grey where there are none yet."""
         layout, n_drawn = self.gpt.layout.config, ids_BI.shape[1]
         rows, columns = layout.grid_height, layout.grid_width
-        # any ids do for the rest: it is painted over
-        ids_BHW = F.pad(ids_BI, (0, rows * columns - n_drawn)).reshape(-1, rows, columns)
+        # the rest is painted over, but the decoder mixes it into its neighbours: the last id is like them
+        rest_BI = ids_BI[:, -1:].expand(-1, rows * columns - n_drawn)
+        ids_BHW = torch.cat((ids_BI, rest_BI), dim=1).reshape(-1, rows, columns)
         image_BHW3 = to_uint8(self._decode(ids_BHW))
         cell_px = image_BHW3.shape[1] // rows
         missing_HW = (np.arange(rows * columns) >= n_drawn).reshape(rows, columns)
