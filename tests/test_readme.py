@@ -25,6 +25,16 @@ def test_every_command_of_the_readme_is_understood(command: str):
         assert path is None or (ROOT / path).is_file()
 
 
+def test_the_python_example_of_the_readme_runs(in_empty_folder: Path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (in_empty_folder / "vqt2i").symlink_to(ROOT / "vqt2i")
+    smaller = example.replace("n=4, rerank=16", "n=1, rerank=1")
+    assert smaller != example
+    found = {}
+    exec(smaller, found)
+    assert len(found["best"]) == 1 and Path("best.png").is_file()
+
+
 def test_every_picture_and_file_the_readme_shows_is_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target

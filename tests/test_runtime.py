@@ -22,6 +22,19 @@ def test_progress_yields_every_item_and_tells_the_count(capsys: pytest.CaptureFi
     assert "drawing: 5 tokens in " in capsys.readouterr().err
 
 
+def test_a_log_file_is_told_the_rate_and_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 10.0, 40.0, 50.0, 60.0])
+    monkeypatch.setattr("vqt2i.runtime.time.monotonic", lambda: next(clock))
+    with counter("drawing", 1000, unit="images") as advance:
+        for count in (0.5, 99.5, 100):
+            advance(count)
+    assert capsys.readouterr().err.splitlines() == [
+        "drawing: 100 of 1,000 images (2.5 images/s, 0:06:00 left)", "drawing: 200 images in 60.0 s (3.3 images/s)",
+    ]  # fmt: skip
+
+
 def test_only_rank_0_speaks_and_only_on_standard_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,9 +46,10 @@ def test_the_tutorial_goes_from_a_folder_of_images_to_a_pipeline(my_images: Path
     for verb, (_, *arguments) in zip(verbs, COMMANDS, strict=True):
         small = [word for setting in SMALL.get(verb, []) for word in ("--set", setting)]
         assert main([verb, *arguments, *small]) == 0, verb
-    report = json.loads((my_images / "outputs" / "0001" / "scores.json").read_text(encoding="utf-8"))
-    assert len(report["prompts"][0]["candidates"]) == 16
-    assert {"clip", "caption", "both"} == set(report["prompts"][0]["candidates"][0]["scores"])
-    assert len(list((my_images / "outputs" / "0001").glob("000-*.png"))) == 4
+    drawn = my_images / "outputs" / "0001"
+    (scores,) = (drawn / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    candidates = json.loads(scores)["candidates"]
+    assert len(candidates) == 16 and set(candidates[0]["scores"]) == {"clip", "caption", "both"}
+    assert len(list(drawn.glob("000-*.png"))) == 4
     pipeline = TextToImage.load(my_images / "mine-pipeline", "cpu")
-    assert pipeline.fingerprints == report["models"]
+    assert pipeline.fingerprints == json.loads((drawn / "request.json").read_text(encoding="utf-8"))["models"]

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import and `--help` must not wait fo
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 30.0  # of a long job's progress in a log file
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -76,21 +78,30 @@ def step_bar(label: str, total: int) -> Iterator[Callable[[int, str], None] | No
 
 
 @contextmanager
-def counter(label: str, total: int | None, *, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts work done: a bar with rate and time left, one line with the rate at the end."""
+def counter(label: str, total: int | None, *, unit: str) -> Iterator[Callable[[float], None]]:
+    """Yield a function that counts work done, in whole or part units; rate and time left are shown.
+
+    A terminal shows a bar. A log file gets a line every `SECONDS_BETWEEN_LINES`. One line with the rate ends both.
+    """
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()]
-    start, done = time.monotonic(), 0
+    start, done = time.monotonic(), 0.0
+    told = start
     with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
 
-        def advance(count: int) -> None:
-            nonlocal done
+        def advance(count: float) -> None:
+            nonlocal done, told
             done += count
             bar.advance(task, count)
+            now = time.monotonic()
+            if total and not _console.is_terminal and now - told >= SECONDS_BETWEEN_LINES:
+                told, rate = now, done / (now - start)
+                left = timedelta(seconds=round((total - done) / max(rate, 1e-9)))
+                say(f"{label}: {int(done):,} of {total:,} {unit} ({rate:,.1f} {unit}/s, {left} left)")
 
         yield advance
     seconds = time.monotonic() - start
-    say(f"{label}: {done:,} {unit} in {seconds:.1f} s ({done / max(seconds, 1e-9):,.1f} {unit}/s)")
+    say(f"{label}: {round(done):,} {unit} in {seconds:.1f} s ({done / max(seconds, 1e-9):,.1f} {unit}/s)")
 
 
 def progress(items: Iterable[T], label: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:

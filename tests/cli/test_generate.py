@@ -1,11 +1,15 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from vqt2i.checkpoint import save_model
 from vqt2i.cli import main
+from vqt2i.generation.output import OutputFolder
 
 
 @pytest.fixture
@@ -14,12 +18,24 @@ def draw(model_folders: Path, in_empty_folder: Path):
     return lambda *arguments: main(["generate", "--model", str(model_folders), *map(str, arguments)])
 
 
+def request_of(folder: str) -> dict:
+    return json.loads((Path(folder) / "request.json").read_text(encoding="utf-8"))
+
+
+def scores_of(folder: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def contents_of(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def test_the_folder_is_printed_last_and_holds_the_pictures(draw, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw("a red square", "蓝色正方形", "--rerank", 3, "--n", 2) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "4 pictures in outputs/0001, all of them in outputs/0001/grid.png"
     names = {path.name for path in Path("outputs/0001").iterdir()}
-    assert names == {"grid.png", "scores.json", "000-00.png", "000-01.png", "001-00.png", "001-01.png"}
+    assert names == {"request.json", "grid.png", "scores.jsonl", "000-00.png", "000-01.png", "001-00.png", "001-01.png"}
 
 
 def test_equal_commands_draw_equal_pictures_and_other_seeds_others(draw) -> None:
@@ -41,12 +57,12 @@ def test_every_setting_reaches_the_pictures_metadata(draw) -> None:
 
 def test_the_scorer_that_was_used_is_recorded_when_none_was_chosen(draw) -> None:
     assert draw("x", "--rerank", 2, "--out", "o") == 0
-    assert json.loads(Path("o/scores.json").read_text())["settings"]["scorer"] == "both"
+    assert request_of("o")["settings"]["scorer"] == "both"
 
 
 def test_without_a_prompt_the_pipelines_examples_are_drawn(draw) -> None:
     assert draw("--rerank", 2, "--out", "o") == 0
-    assert [p["prompt"] for p in json.loads(Path("o/scores.json").read_text())["prompts"]] == ["a red square"]
+    assert request_of("o")["prompts"] == [line["prompt"] for line in scores_of("o")] == ["a red square"]
 
 
 def test_as_many_are_kept_as_are_asked_for_up_to_four_by_default(draw) -> None:
@@ -61,7 +77,7 @@ def test_as_many_are_kept_as_are_asked_for_up_to_four_by_default(draw) -> None:
 )
 def test_hostile_prompts_are_drawn(draw, prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw("--rerank", 2, "--out", "o", "--", prompt) == 0
-    report = json.loads(Path("o/scores.json").read_text(encoding="utf-8"))["prompts"][0]
+    (report,) = scores_of("o")
     told = capsys.readouterr().err
     assert ("did not fit" in told) == (report["n_truncated_ids"] > 0)
     if len(prompt) > 1000:
@@ -104,3 +120,134 @@ def test_a_model_that_is_not_there_or_is_none_is_told(fails, in_empty_folder: Pa
 def test_an_out_that_is_a_file_is_told_before_drawing(fails, in_empty_folder: Path, model_folders: Path) -> None:
     (in_empty_folder / "file").touch()
     assert "--out file" in fails("generate", "x", "--model", model_folders, "--out", "file")
+
+
+@pytest.fixture
+def forty(in_empty_folder: Path) -> Path:
+    """A file of 40 prompts: more than one grid of them and, 5 candidates each, more than are drawn at once."""
+    path = in_empty_folder / "prompts.txt"
+    path.write_text("".join(f"a red square {i}\n" for i in range(40)), encoding="utf-8")
+    return path
+
+
+LONG = ["--rerank", 5, "--n", 2, "--scorer", "caption"]
+
+
+def test_a_file_of_prompts_gives_the_pictures_of_the_same_prompts_on_the_command_line(draw, forty: Path) -> None:
+    assert draw("--prompts", forty, *LONG, "--out", "a") == 0
+    assert draw(*forty.read_text().splitlines(), *LONG, "--out", "b") == 0
+    assert contents_of("a") == contents_of("b")
+    assert len(scores_of("a")) == 40 and len(list(Path("a").glob("???-??.png"))) == 80
+
+
+def test_many_prompts_get_several_grids_of_bounded_size(draw, forty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw("--prompts", forty, *LONG, "--out", "a") == 0
+    assert capsys.readouterr().out == "80 pictures in a, all of them in a/grid-000.png to grid-001.png\n"
+    assert [Image.open(path).height for path in sorted(Path("a").glob("grid*"))] == [32 * 168 + 8, 8 * 168 + 8]
+
+
+@pytest.mark.parametrize("after", [0, 1, 13, 33])
+def test_a_job_that_was_stopped_goes_on_and_ends_as_if_it_never_had(
+    draw, forty: Path, after: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw("--prompts", forty, *LONG, "--out", "whole") == 0
+    with monkeypatch.context() as patch:
+        write = OutputFolder.write
+
+        def stopped_write(self: OutputFolder, group: list) -> None:
+            if group[0].prompt_index == after:
+                raise KeyboardInterrupt
+            write(self, group)
+
+        patch.setattr(OutputFolder, "write", stopped_write)
+        assert draw("--prompts", forty, *LONG, "--out", "o") == 130
+    told = capsys.readouterr().err
+    assert f"{after} of 40 prompts are in o; the same command with --out o goes on" in told
+    assert len(list(Path("o").glob("???-??.png"))) == 2 * after
+    assert bool(list(Path("o").glob("grid*"))) == (after > 0)
+    assert draw("--prompts", forty, *LONG, "--out", "o") == 0
+    assert contents_of("o") == contents_of("whole")
+
+
+def test_a_finished_job_draws_nothing_more(draw, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert draw("x", "y", "--n", 1, "--out", "o") == 0
+    told = capsys.readouterr()
+    assert "o: 2 of 2 prompts are there" in told.err and "drawing: 0 images" in told.err
+    assert len(set(told.out.splitlines())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["x", "z"], "other prompts (2, now 2; number 2 is 'y', now 'z')"),
+        (["x", "y", "w"], "other prompts (2, now 3; number 3 is none, now 'w')"),
+        (["x", "y", "--seed", 1], "seed 0, now 1"),
+        (["x", "y", "--n", 2], "n 1, now 2"),
+        (["x", "y", "--temperature", 0.5, "--rerank", 2], "temperature 1.0, now 0.5; rerank None, now 2"),
+    ],
+)
+def test_a_folder_of_other_prompts_or_settings_is_refused_with_the_difference(
+    draw, fails, model_folders: Path, arguments: list, told: str
+) -> None:
+    assert draw("x", "y", "--n", 1, "--out", "o") == 0
+    before = contents_of("o")
+    given = arguments if "--n" in arguments else [*arguments, "--n", 1]
+    assert told in fails("generate", "--model", model_folders, "--out", "o", *given)
+    assert contents_of("o") == before
+
+
+def test_a_folder_of_other_weights_is_refused(draw, fails, model_folders: Path, tiny_clip) -> None:
+    assert draw("x", "--n", 1, "--out", "o") == 0
+    shutil.copytree(model_folders, "p")
+    with torch.no_grad():
+        tiny_clip.no_text.add_(1)
+    save_model(Path("p/clip"), tiny_clip, tiny_clip.config, {"kind": "clip"})
+    assert "clip model " in fails("generate", "--model", "p", "--out", "o", "x", "--n", 1)
+
+
+def test_a_folder_that_holds_something_else_is_refused_untouched(draw, fails, model_folders: Path) -> None:
+    Path("o").mkdir()
+    Path("o/notes").touch()
+    assert "o: exists already" in fails("generate", "x", "--model", model_folders, "--out", "o")
+    assert set(contents_of("o")) == {"notes"}
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "told"),
+    [
+        (b"", [], "no prompt in it"),
+        (None, [], "p.txt: cannot be read"),
+        (b"\xff\xfe\0", [], "not UTF-8"),
+        (b"a\n", ["b"], "--prompts p.txt: prompts are given too ('b')"),
+    ],
+)
+def test_bad_prompt_files_are_told_before_anything_is_loaded(
+    fails, in_empty_folder: Path, content: bytes | None, arguments: list, told: str
+) -> None:
+    if content is not None:
+        Path("p.txt").write_bytes(content)
+    assert told in fails("generate", "--model", "not loaded", "--prompts", "p.txt", *arguments)
+    assert not Path("outputs").exists()
+
+
+def test_prompts_that_are_too_long_are_told_a_few_times_only(draw, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw(*["red " * 50] * 5, "--n", 1) == 0
+    told = capsys.readouterr().err
+    assert told.count("did not fit") == 3 and "so it was with 2 more prompts" in told
+
+
+def test_a_preview_is_there_while_it_draws(
+    draw, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, seen = OutputFolder.write, []
+
+    def write_and_look(self: OutputFolder, group: list) -> None:
+        seen.append((self.path / "preview.png").is_file())
+        write(self, group)
+
+    monkeypatch.setattr(OutputFolder, "write", write_and_look)
+    assert draw("x", "--n", 1, "--preview", "--out", "o") == 0
+    assert seen == [True] and "preview: o/preview.png" in capsys.readouterr().err
+    assert draw("x", "--n", 1, "--out", "plain") == 0
+    assert contents_of("o") == contents_of("plain")

@@ -53,8 +53,8 @@ def test_the_verbs_find_what_the_ones_before_them_made(arguments, capsys: pytest
     assert "bound: " in capsys.readouterr().out
     shutil.rmtree("runs")
     assert main(["generate", "--model", "bound", "--out", "o"]) == 0
-    report = json.loads(Path("o/scores.json").read_text(encoding="utf-8"))
-    assert report["prompts"][0]["prompt"] == "红" and report["settings"]["guidance"] == 4
+    request = json.loads(Path("o/request.json").read_text(encoding="utf-8"))
+    assert request["prompts"] == ["红"] and request["settings"]["guidance"] == 4
 
 
 def test_the_newest_run_is_taken_and_resume_goes_on_with_it(arguments) -> None:

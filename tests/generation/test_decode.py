@@ -114,6 +114,18 @@ def test_every_token_of_every_image_is_counted(gpt: GPT) -> None:
     assert sum(counts) == len(JOBS) * gpt.layout.image_length and set(counts) == {5, 2}
 
 
+def test_after_each_step_the_ids_drawn_so_far_can_be_asked_for(gpt: GPT) -> None:
+    seen: list[tuple[list[Job], torch.Tensor]] = []
+    ids = decode_image_ids(
+        gpt, JOBS, SETTINGS[1], seed=5, rows_at_once=5, on_partial=lambda jobs, ids: seen.append((list(jobs), ids()))
+    ).flatten(1)
+    n = gpt.layout.image_length
+    assert [part.shape[1] for _, part in seen] == [*range(1, n + 1)] * 3
+    for jobs, part in seen:
+        rows = [JOBS.index(job) for job in jobs]
+        assert torch.equal(part, ids[rows, : part.shape[1]])
+
+
 def test_a_text_that_is_too_long_is_read_up_to_the_length(gpt: GPT) -> None:
     long, short = Job((1, 2, 3, 4, 5, 6, 7), 0, 0), Job((1, 2, 3, 4, 5), 0, 0)
     a, b = (decode_image_ids(gpt, [job], SETTINGS[1], seed=5) for job in (long, short))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,55 +6,65 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqt2i.generation import TextToImage
-from vqt2i.generation.output import next_folder, write_outputs
+from vqt2i.errors import UserError
+from vqt2i.generation import Preview, Sample, TextToImage
+from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder
+from vqt2i.text import clean_text
 
-PROMPTS = ["a red square", "红色 \ud800 正方形\n" + "long " * 200, ""]
-SETTINGS = {"guidance": 2.0, "seed": 3}
+PROMPTS = [clean_text(text) for text in ("a red square", "红色 \ud800 正方形\n" + "long " * 200, "")]
+SETTINGS = {"guidance": 2.0, "seed": 3, "interval": (0.0, 0.5)}
 
 
 @pytest.fixture
-def written(model_folders: Path, tmp_path: Path) -> tuple[Path, list, list[Path], TextToImage]:
-    pipeline = TextToImage.load(model_folders, "cpu")
-    groups = pipeline.candidates(PROMPTS, 3, seed=3)
-    folder = tmp_path / "out"
-    return folder, groups, write_outputs(folder, groups, 2, SETTINGS, pipeline.fingerprints), pipeline
+def groups(model_folders: Path) -> list[list[Sample]]:
+    return TextToImage.load(model_folders, "cpu").candidates(PROMPTS, 3, seed=3)
 
 
-def test_the_best_n_of_each_prompt_are_written_and_the_grid_is_named_first(written) -> None:
-    folder, groups, paths, _ = written
-    assert [path.name for path in paths] == ["grid.png"] + [f"{p:03d}-{r:02d}.png" for p in range(3) for r in range(2)]
-    assert {path.name for path in folder.iterdir()} == {path.name for path in paths} | {"scores.json"}
-    for p, group in enumerate(groups):
-        for r in range(2):
-            assert np.array_equal(np.asarray(Image.open(folder / f"{p:03d}-{r:02d}.png")), group[r].image_HW3)
+@pytest.fixture
+def folder(groups: list[list[Sample]], tmp_path: Path) -> OutputFolder:
+    with OutputFolder(tmp_path / "out", Request(PROMPTS, 2, SETTINGS, {"gpt": "abc"})) as folder:
+        for group in groups:
+            folder.write(group)
+    return folder
 
 
-def test_a_picture_says_how_to_draw_it_again(written) -> None:
-    folder, groups, _, pipeline = written
-    facts = json.loads(Image.open(folder / "001-00.png").text["vqt2i"])
+def again(folder: OutputFolder) -> OutputFolder:
+    return OutputFolder(folder.path, folder.request)
+
+
+def test_the_best_n_of_each_prompt_are_written(folder: OutputFolder, groups: list[list[Sample]]) -> None:
+    pictures = {f"{p:03d}-{r:02d}.png": groups[p][r] for p in range(3) for r in range(2)}
+    assert {path.name for path in folder.path.iterdir()} == {*pictures, "grid.png", "scores.jsonl", "request.json"}
+    assert folder.grids == [folder.path / "grid.png"] and folder.n_done == 3
+    for name, sample in pictures.items():
+        assert np.array_equal(np.asarray(Image.open(folder.path / name)), sample.image_HW3)
+
+
+def test_a_picture_says_how_to_draw_it_again(folder: OutputFolder, groups: list[list[Sample]]) -> None:
+    facts = json.loads(Image.open(folder.path / "001-00.png").text["vqt2i"])
     best = groups[1][0]
     assert facts == {
-        "prompt": best.prompt, "prompt_index": 1, "image_index": best.image_index, "seed": 3, "settings": SETTINGS,
-        "models": pipeline.fingerprints, "scores": best.scores,
+        "prompt": best.prompt, "prompt_index": 1, "image_index": best.image_index, "seed": 3,
+        "settings": SETTINGS | {"interval": [0.0, 0.5]}, "models": {"gpt": "abc"}, "scores": best.scores,
     }  # fmt: skip
     assert facts["prompt"].startswith("红色")
 
 
-def test_scores_json_has_every_candidate_of_every_prompt(written) -> None:
-    folder, groups, _, pipeline = written
-    report = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    assert report["settings"] == SETTINGS and report["models"] == pipeline.fingerprints
-    for p, (row, group) in enumerate(zip(report["prompts"], groups, strict=True)):
+def test_the_request_and_every_candidates_scores_are_kept(folder: OutputFolder, groups: list[list[Sample]]) -> None:
+    request = json.loads((folder.path / "request.json").read_text(encoding="utf-8"))
+    settings = SETTINGS | {"interval": [0.0, 0.5]}
+    assert request == {"prompts": PROMPTS, "n": 2, "settings": settings, "models": {"gpt": "abc"}}
+    lines = (folder.path / "scores.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    for p, (line, group) in enumerate(zip(lines, groups, strict=True)):
+        row = json.loads(line)
         assert row["prompt"] == group[0].prompt and row["n_truncated_ids"] == group[0].n_truncated
         assert [c["scores"] for c in row["candidates"]] == [sample.scores for sample in group]
         assert [c["file"] for c in row["candidates"]] == [f"{p:03d}-00.png", f"{p:03d}-01.png", None]
         assert sorted(c["index"] for c in row["candidates"]) == [0, 1, 2]
 
 
-def test_the_grid_has_a_row_for_each_prompt(written) -> None:
-    folder, groups, _, _ = written
-    grid = np.asarray(Image.open(folder / "grid.png").convert("RGB"))
+def test_the_grid_has_a_row_for_each_prompt(folder: OutputFolder, groups: list[list[Sample]]) -> None:
+    grid = np.asarray(Image.open(folder.path / "grid.png").convert("RGB"))
     enlarged = np.asarray(Image.fromarray(groups[2][1].image_HW3).resize((128, 128), Image.Resampling.NEAREST))
     found = [
         (y, x)
@@ -65,10 +76,75 @@ def test_the_grid_has_a_row_for_each_prompt(written) -> None:
     assert len(found) == 1 and found[0][0] > 2 * 128 and found[0][1] > 128
 
 
-def test_unscored_pictures_are_written_too(model_folders: Path, tmp_path: Path) -> None:
-    pipeline = TextToImage.load(model_folders, "cpu")
-    groups = pipeline.candidates(["x"], 1, scored=False)
-    assert len(write_outputs(tmp_path, groups, 1, {}, pipeline.fingerprints)) == 2
+def test_many_pictures_of_a_prompt_wrap_and_the_grid_stays_bounded(
+    groups: list[list[Sample]], tmp_path: Path
+) -> None:
+    for n, size in ((17, (16 * 136 + 8, 16 + 2 * 144 + 16)), (300, (16 * 136 + 8, 16 + 8 * 144 + 16))):
+        with OutputFolder(tmp_path / f"{n}", Request(["x"], n, {}, {})) as folder:
+            folder.write((groups[0] * n)[:n])
+        assert Image.open(folder.path / "grid.png").size == size
+
+
+def test_unscored_pictures_are_written_too(groups: list[list[Sample]], tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "o", Request(["x"], 1, {}, {})) as folder:
+        folder.write([dataclasses.replace(groups[0][0], scores={})])
+    assert (tmp_path / "o" / "000-00.png").is_file() and folder.grids[0].is_file()
+
+
+def test_names_sort_as_numbers_do(groups: list[list[Sample]], tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "o", Request(["x"] * 12_345, 1, {}, {})) as folder:
+        folder.write(groups[0])
+    assert (tmp_path / "o" / "00000-00.png").is_file()
+    assert len(folder.grids) == 386 and folder.grids[-1].name == "grid-385.png"
+
+
+def test_nothing_is_there_before_it_is_entered(tmp_path: Path) -> None:
+    OutputFolder(tmp_path / "o", Request(["x"], 1, {}, {}))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_line_that_was_cut_off_is_drawn_again(folder: OutputFolder, groups: list[list[Sample]]) -> None:
+    scores = folder.path / "scores.jsonl"
+    whole = scores.read_bytes()
+    scores.write_bytes(whole[:-10])
+    reopened = again(folder)
+    assert reopened.n_done == 2
+    with reopened:
+        reopened.write(groups[2])
+    assert scores.read_bytes() == whole and again(folder).n_done == 3
+
+
+def test_damage_is_told_by_name(folder: OutputFolder) -> None:
+    (folder.path / "001-01.png").rename(folder.path / "away.png")
+    with pytest.raises(UserError, match=r"001-01\.png: gone"):
+        again(folder)
+    (folder.path / "away.png").rename(folder.path / "001-01.png")
+    scores = folder.path / "scores.jsonl"
+    scores.write_bytes(scores.read_bytes().replace(b'{"prompt"', b"prompt", 1))
+    with pytest.raises(UserError, match=r"scores\.jsonl: line 1 is damaged"):
+        again(folder)
+    for content in ("{", "[]", '{"prompts": 3}', '{"prompts": 3, "n": 1, "settings": {}, "models": {}}'):
+        (folder.path / "request.json").write_text(content)
+        with pytest.raises(UserError, match=r"request\.json: damaged"):
+            again(folder)
+
+
+def test_a_preview_file_is_a_whole_picture_written_when_it_is_time_and_gone_at_the_end(tmp_path: Path) -> None:
+    path, asked = tmp_path / "preview.png", []
+
+    def images() -> np.ndarray:
+        asked.append(len(asked))
+        return np.full((9, 16, 16, 3), len(asked), np.uint8)
+
+    with PreviewFile(path, seconds=3600) as show:
+        for _ in range(3):
+            show(Preview([], images))
+        assert asked == [0]
+        picture = np.asarray(Image.open(path))
+        assert picture.shape == (2 * 136 + 8, 8 * 136 + 8, 3)
+        assert (picture[8:136, 8:136] == 1).all() and (picture[144:272, 8:136] == 1).all()
+        assert (picture[144:272, 144:] == 255).all()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_are_numbered_on(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vqt2i.checkpoint import load_model, save_model
 from vqt2i.errors import CheckpointError, PromptError
 from vqt2i.generation import SamplingConfig, TextToImage
 from vqt2i.generation.find import find_parts, write_pipeline
+from vqt2i.generation.pipeline import GREY
 from vqt2i.generation.rerank import combine
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.text.train import TextTokenizerConfig, train_text_tokenizer
@@ -71,6 +74,52 @@ def test_the_score_both_is_combined_within_each_prompt(pipeline: TextToImage) ->
         assert [s.scores["both"] for s in group] == pytest.approx(combine(scores).tolist(), abs=1e-3)
 
 
+def test_drawing_may_begin_at_any_prompt_and_holds_a_bounded_number(
+    pipeline: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, drawn = PROMPTS * 5, []
+    whole = pipeline.candidates(prompts, 3)
+    monkeypatch.setattr("vqt2i.generation.pipeline.ROWS_AT_ONCE", 7)
+    for first in (0, 1, 4, 9, 10):
+        groups = pipeline.candidates(prompts, 3, first=first, on_token=drawn.append)
+        for a, b in zip(groups, whole[first:], strict=True):
+            assert [(s.prompt, s.prompt_index, s.image_index) for s in a] == [
+                (s.prompt, s.prompt_index, s.image_index) for s in b
+            ]
+            assert all(np.array_equal(s.image_ids_HW, t.image_ids_HW) for s, t in zip(a, b, strict=True))
+    assert max(drawn) == 6
+
+
+def test_pictures_come_before_all_are_drawn(pipeline: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqt2i.generation.pipeline.ROWS_AT_ONCE", 2)
+    tokens = []
+    groups = pipeline.stream(PROMPTS * 3, 2, on_token=tokens.append)
+    assert tokens == []
+    assert [s.prompt_index for s in next(groups)] == [0, 0] and sum(tokens) == 2 * 16
+
+
+def test_previews_show_what_is_drawn_and_grey_elsewhere(pipeline: TextToImage) -> None:
+    seen: list[tuple[list[tuple[int, int]], np.ndarray]] = []
+    groups = pipeline.candidates(
+        PROMPTS, 2, scored=False,
+        on_preview=lambda p: seen.append(([(j.prompt_index, j.image_index) for j in p.jobs], p.images())),
+    )  # fmt: skip
+    whole = np.stack([sample.image_HW3 for group in groups for sample in group])
+    assert len(seen) == 16 and all(jobs == [(0, 0), (0, 1), (1, 0), (1, 1)] for jobs, _ in seen)
+    assert np.array_equal(seen[-1][1], whole)
+    for n_drawn, (_, images) in enumerate(seen, 1):
+        # ids of a 4 x 4 grid, row by row, of 4 x 4 pixels each
+        cells = images.reshape(4, 4, 4, 4, 4, 3).swapaxes(2, 3).reshape(4, 16, -1)
+        assert (cells[:, n_drawn:] == GREY).all() and (cells[:, :n_drawn] != GREY).any(axis=(0, 2)).all()
+
+
+def test_watching_changes_no_picture(pipeline: TextToImage) -> None:
+    plain = pipeline.generate(PROMPTS, n=2)
+    for look in (lambda preview: None, lambda preview: preview.images()):
+        watched = pipeline.generate(PROMPTS, n=2, on_preview=look)
+        assert all(np.array_equal(a.image_HW3, b.image_HW3) for a, b in zip(plain, watched, strict=True))
+
+
 def test_reranking_keeps_the_best_n_of_the_same_candidates(pipeline: TextToImage) -> None:
     groups = pipeline.candidates(PROMPTS, 4, scorer="clip")
     kept = pipeline.generate(PROMPTS, n=2, rerank=4, scorer="clip")
@@ -87,6 +136,19 @@ def test_pictures_are_the_decoded_codes(pipeline: TextToImage) -> None:
     assert sample.image_HW3.shape == (16, 16, 3) and sample.image_HW3.dtype == np.uint8
     decoded = pipeline.vq.decode(torch.from_numpy(sample.image_ids_HW)[None])[0]
     assert np.abs((decoded.movedim(0, -1).numpy() + 1) * 127.5 - sample.image_HW3).max() <= 0.51
+
+
+def test_a_notebook_shows_a_sample_as_its_picture(pipeline: TextToImage) -> None:
+    sample = pipeline.generate(PROMPTS[:1])[0]
+    shown = Image.open(io.BytesIO(sample._repr_png_()))
+    assert shown.format == "PNG" and np.array_equal(np.asarray(shown), sample.image_HW3)
+    assert len(repr(sample)) < 200 and "a red square" in repr(sample)
+
+
+def test_a_string_is_one_prompt(pipeline: TextToImage) -> None:
+    alone, listed = pipeline.generate("a red square", n=2), pipeline.generate(["a red square"], n=2)
+    assert [s.prompt for s in alone] == ["a red square"] * 2
+    assert all(np.array_equal(a.image_HW3, b.image_HW3) for a, b in zip(alone, listed, strict=True))
 
 
 def test_the_pipelines_own_sampling_is_used_unless_another_is_given(pipeline: TextToImage) -> None:

@@ -42,15 +42,19 @@ def decode_image_ids(
     *,
     rows_at_once: int = 64,
     on_token: Callable[[int], None] | None = None,
+    on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None = None,
 ) -> Tensor:
     """Draw the ids of every job's image, (jobs, grid height, grid width) on the CPU.
 
     Args:
         rows_at_once: images decoded together; guided, each takes two rows. Changes memory and speed, not the images.
         on_token: called with the number of images that got a token, after each step.
+        on_partial: called after each step with the images being drawn and a function that returns the ids that they
+            have so far, (images, tokens) on the CPU. Calling that function waits for the device; not calling it costs
+            nothing.
     """
     parts = [
-        _decode_batch(gpt, jobs[start : start + rows_at_once], sampling, seed, on_token)
+        _decode_batch(gpt, jobs[start : start + rows_at_once], sampling, seed, on_token, on_partial)
         for start in range(0, len(jobs), rows_at_once)
     ]
     layout = gpt.layout.config
@@ -63,7 +67,12 @@ def uniforms(job: Job, seed: int, n: int) -> np.ndarray:
 
 
 def _decode_batch(
-    gpt: GPT, jobs: Sequence[Job], sampling: SamplingConfig, seed: int, on_token: Callable[[int], None] | None
+    gpt: GPT,
+    jobs: Sequence[Job],
+    sampling: SamplingConfig,
+    seed: int,
+    on_token: Callable[[int], None] | None,
+    on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None,
 ) -> Tensor:
     n, device = gpt.layout.image_length, gpt.embedding.weight.device
     uniform_IB = torch.from_numpy(np.stack([uniforms(job, seed, n) for job in jobs], axis=1)).to(device)
@@ -72,7 +81,12 @@ def _decode_batch(
     order = sorted(range(len(jobs)), key=lambda i: jobs[i].text_ids)
     started = _start(gpt, [jobs[i].text_ids for i in order], guided)
     uniform_IB = uniform_IB[:, order]
+    inverse = torch.empty(len(order), dtype=torch.long).scatter_(0, torch.tensor(order), torch.arange(len(order)))
     logits, image_ids = started.logits_BV, []
+
+    def drawn_BI() -> Tensor:
+        return torch.stack(image_ids, dim=1).cpu()[inverse]
+
     for index in range(n):
         if guided:
             logits = guide(*logits.float().chunk(2), sampling.guidance)
@@ -83,8 +97,9 @@ def _decode_batch(
             logits = gpt.step(rows_B, index, started.real_BP, started.cache)
         if on_token:
             on_token(len(jobs))
-    inverse = torch.empty(len(order), dtype=torch.long).scatter_(0, torch.tensor(order), torch.arange(len(order)))
-    return torch.stack(image_ids, dim=1).cpu()[inverse]
+        if on_partial:
+            on_partial(jobs, drawn_BI)
+    return drawn_BI()
 
 
 def _start(gpt: GPT, texts: Sequence[tuple[int, ...]], guided: bool) -> _Started:

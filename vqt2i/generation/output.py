@@ -1,18 +1,29 @@
-"""What `generate` leaves on disk: a PNG per kept picture, a labelled grid, `scores.json`."""
+"""What `generate` leaves on disk, written prompt by prompt, so that a stopped job can be gone on with.
 
+`request.json`: what was asked for. A PNG per kept picture. `scores.jsonl`: a line for each finished prompt, with all
+its candidates. `grid.png`, of more prompts than fit one `grid-000.png` and so on: the pictures with prompt and scores.
+"""
+
+import io
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from vqt2i.files import write_json
-from vqt2i.generation.pipeline import Sample
+from vqt2i.errors import UserError
+from vqt2i.files import require_free, write_atomic, write_json
+from vqt2i.generation.pipeline import Preview, Sample
 
+REQUEST, SCORES = "request.json", "scores.jsonl"
 TILE_PX, MARGIN_PX, LABEL_PX = 128, 8, 16
+GRID_COLUMNS, GRID_PROMPTS, GRID_PICTURES = 16, 32, 128  # the most of each in one grid
 # fonts that hold Chinese, by the file names under which systems install them
 FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -31,63 +42,222 @@ def next_folder(parent: Path) -> Path:
     return parent / f"{max(taken, default=0) + 1:04d}"
 
 
-def write_outputs(
-    folder: Path, groups: Sequence[Sequence[Sample]], n: int, settings: dict[str, Any], fingerprints: dict[str, str]
-) -> list[Path]:
-    """Write the first `n` samples of each prompt's candidates, the grid of them, and the scores of all candidates.
+@dataclass(frozen=True)
+class Request:
+    """All that the pictures of a folder depend on.
 
-    Returns the paths of the pictures, the grid first.
+    n: pictures kept of each prompt. settings: of sampling and ranking, and the seed. models: each part's fingerprint.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths, rows = [folder / "grid.png"], []
-    for group in groups:
-        prompt = {"prompt": group[0].prompt, "n_truncated_ids": group[0].n_truncated, "candidates": []}
+
+    prompts: list[str]
+    n: int
+    settings: dict[str, Any]
+    models: dict[str, str]
+
+
+class OutputFolder:
+    """A folder of pictures, filled prompt by prompt. Use it as a context; leaving it draws the grid of the last ones.
+
+    Attributes:
+        n_done: how many prompts are written, those of earlier calls included.
+    """
+
+    def __init__(self, path: Path, request: Request) -> None:
+        """Look at what is there already; nothing is written yet.
+
+        Raises:
+            UserError: the folder holds something else, what another request drew, or not all that it says.
+        """
+        self.path, self.request = path, request
+        self._new = not (path / REQUEST).is_file()
+        if self._new:
+            require_free(path)
+        else:
+            _require_same(path, request)
+        records = [] if self._new else _read_records(path)
+        self.n_done = len(records)
+        self._per_grid = max(1, min(GRID_PROMPTS, GRID_PICTURES // request.n))
+        self._ungridded = records[self.n_done - self.n_done % self._per_grid :]
+
+    def __enter__(self) -> "OutputFolder":
+        if self._new:
+            write_json(self.path / REQUEST, asdict(self.request))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._ungridded:
+            self._write_grid()
+
+    @property
+    def grids(self) -> list[Path]:
+        """The paths of all grids, once they are drawn."""
+        n_grids = -(-len(self.request.prompts) // self._per_grid)
+        names = ["grid.png"] if n_grids == 1 else [f"grid-{_number(i, n_grids)}.png" for i in range(n_grids)]
+        return [self.path / name for name in names]
+
+    def write(self, group: Sequence[Sample]) -> None:
+        """Write the first `n` of the next prompt's candidates as pictures, then the scores of all of them."""
+        assert group[0].prompt_index == self.n_done
+        number, candidates = _number(self.n_done, len(self.request.prompts)), []
         for rank, sample in enumerate(group):
-            name = f"{sample.prompt_index:03d}-{rank:02d}.png" if rank < n else None
-            prompt["candidates"].append({"index": sample.image_index, "file": name, "scores": sample.scores})
+            name = f"{number}-{rank:02d}.png" if rank < self.request.n else None
+            candidates.append({"index": sample.image_index, "file": name, "scores": sample.scores})
             if name:
-                write_picture(folder / name, sample, settings, fingerprints)
-                paths.append(folder / name)
-        rows.append(prompt)
-    labelled_grid([group[:n] for group in groups]).save(paths[0])
-    write_json(folder / "scores.json", {"settings": settings, "models": fingerprints, "prompts": rows})
-    return paths
+                write_picture(self.path / name, sample, self.request)
+        record = {"prompt": group[0].prompt, "n_truncated_ids": group[0].n_truncated, "candidates": candidates}
+        self._ungridded.append(record)
+        if len(self._ungridded) == self._per_grid:
+            self._write_grid()
+            self._ungridded = []
+        # last, because it says that all else is there
+        with open(self.path / SCORES, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.n_done += 1
+
+    def _write_grid(self) -> None:
+        path = self.grids[self.n_done // self._per_grid]
+        write_atomic(path, png_bytes(labelled_grid(self.path, self._ungridded)))
 
 
-def write_picture(path: Path, sample: Sample, settings: dict[str, Any], fingerprints: dict[str, str]) -> None:
+class PreviewFile:
+    """A picture of the images that are being drawn, written over and over as their tokens come; pass it `on_preview`.
+
+    As a context it leaves no file behind.
+    """
+
+    def __init__(self, path: Path, seconds: float = 1.0) -> None:
+        """seconds: from one picture to the next; more where making one takes over a quarter of that."""
+        self.path, self.seconds = path, seconds
+        self._next = 0.0
+
+    def __enter__(self) -> "PreviewFile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def __call__(self, preview: Preview) -> None:
+        """Write the picture if it is time for one."""
+        start = time.monotonic()
+        if start < self._next:
+            return
+        write_atomic(self.path, png_bytes(_tiled(preview.images())))
+        end = time.monotonic()
+        self._next = end + max(self.seconds, 4 * (end - start))
+
+
+def _tiled(image_BHW3: np.ndarray) -> Image.Image:
+    columns = min(len(image_BHW3), GRID_COLUMNS // 2)
+    rows, tile_px = -(-len(image_BHW3) // columns), TILE_PX + MARGIN_PX
+    tiled = Image.new("RGB", (columns * tile_px + MARGIN_PX, rows * tile_px + MARGIN_PX), "white")
+    for i, image_HW3 in enumerate(image_BHW3):
+        at = MARGIN_PX + i % columns * tile_px, MARGIN_PX + i // columns * tile_px
+        tiled.paste(enlarged(Image.fromarray(image_HW3)), at)
+    return tiled
+
+
+def write_picture(path: Path, sample: Sample, request: Request) -> None:
     """A PNG whose text chunk `vqt2i` (JSON) says how to draw it again."""
     facts = {
         "prompt": sample.prompt, "prompt_index": sample.prompt_index, "image_index": sample.image_index,
-        "seed": sample.seed, "settings": settings, "models": fingerprints, "scores": sample.scores,
+        "seed": sample.seed, "settings": request.settings, "models": request.models, "scores": sample.scores,
     }  # fmt: skip
     info = PngInfo()
     info.add_itxt("vqt2i", json.dumps(facts, ensure_ascii=False))
-    Image.fromarray(sample.image_HW3).save(path, pnginfo=info)
+    sample.image.save(path, pnginfo=info)
 
 
-def labelled_grid(groups: Sequence[Sequence[Sample]]) -> Image.Image:
-    """A row per prompt, its text above, pictures enlarged without smoothing; scores beneath."""
-    columns = max(len(group) for group in groups)
-    row_px = TILE_PX + 2 * LABEL_PX + MARGIN_PX
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def labelled_grid(folder: Path, records: Sequence[dict[str, Any]]) -> Image.Image:
+    """For each line of scores its prompt, below it its kept pictures (enlarged without smoothing), their scores.
+
+    Of a prompt the first GRID_PICTURES are shown, GRID_COLUMNS in a row.
+    """
+    kept = [[c for c in record["candidates"] if c["file"]][:GRID_PICTURES] for record in records]
+    most = max(len(candidates) for candidates in kept)
+    columns, line_px = min(most, GRID_COLUMNS), TILE_PX + LABEL_PX
+    row_px = LABEL_PX + -(-most // columns) * line_px + MARGIN_PX
     # wide enough for a sentence above a single picture
     width = max(columns * (TILE_PX + MARGIN_PX), 3 * TILE_PX) + MARGIN_PX
-    grid = Image.new("RGB", (width, len(groups) * row_px + MARGIN_PX), "white")
-    draw, font = ImageDraw.Draw(grid), _font(12)
-    for row, group in enumerate(groups):
-        y = MARGIN_PX + row * row_px
-        draw.text((MARGIN_PX, y), _shortened(draw, group[0].prompt, font, width - 2 * MARGIN_PX), "black", font)
-        for column, sample in enumerate(group):
-            x = MARGIN_PX + column * (TILE_PX + MARGIN_PX)
-            grid.paste(_enlarged(sample.image_HW3), (x, y + LABEL_PX))
-            score = "  ".join(f"{name} {value:.2f}" for name, value in sample.scores.items())
-            draw.text((x, y + LABEL_PX + TILE_PX + 1), score, "#777", _font(8))
+    grid = Image.new("RGB", (width, len(records) * row_px + MARGIN_PX), "white")
+    draw, font, small = ImageDraw.Draw(grid), _font(12), _font(8)
+    for row, (record, candidates) in enumerate(zip(records, kept, strict=True)):
+        top = MARGIN_PX + row * row_px
+        draw.text((MARGIN_PX, top), _shortened(draw, record["prompt"], font, width - 2 * MARGIN_PX), "black", font)
+        for i, candidate in enumerate(candidates):
+            x, y = MARGIN_PX + i % columns * (TILE_PX + MARGIN_PX), top + LABEL_PX + i // columns * line_px
+            with Image.open(folder / candidate["file"]) as picture:
+                grid.paste(enlarged(picture), (x, y))
+            score = "  ".join(f"{name} {value:.2f}" for name, value in candidate["scores"].items())
+            draw.text((x, y + TILE_PX + 1), score, "#777", small)
     return grid
 
 
-def _enlarged(image_HW3: np.ndarray) -> Image.Image:
-    image = Image.fromarray(image_HW3)
+def enlarged(image: Image.Image) -> Image.Image:
+    """The image as a tile of TILE_PX."""
     method = Image.Resampling.NEAREST if image.width < TILE_PX else Image.Resampling.LANCZOS
     return image.resize((TILE_PX, TILE_PX), method)
+
+
+def _require_same(path: Path, request: Request) -> None:
+    """Raise UserError with the differences if `path` was asked for otherwise."""
+    try:
+        there = Request(**json.loads((path / REQUEST).read_text(encoding="utf-8")))
+        now = Request(**json.loads(json.dumps(asdict(request))))  # as a file has it: lists for tuples
+        differences = list(_differences(there, now))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / REQUEST}: damaged ({error}); give another --out") from error
+    if differences:
+        raise UserError(f"{path}: was begun with {'; '.join(differences)}. Give what it was begun with to go on, "
+                        "or another --out")  # fmt: skip
+
+
+def _differences(there: Request, now: Request) -> Iterator[str]:
+    if there.prompts != now.prompts:
+        counts = len(there.prompts), len(now.prompts)
+        same = next((i for i in range(min(counts)) if there.prompts[i] != now.prompts[i]), min(counts))
+        first = [repr(r.prompts[same][:60]) if same < len(r.prompts) else "none" for r in (there, now)]
+        yield f"other prompts ({counts[0]:,}, now {counts[1]:,}; number {same + 1:,} is {first[0]}, now {first[1]})"
+    before = {"n": there.n} | there.settings | {f"{part} model": name[:8] for part, name in there.models.items()}
+    after = {"n": now.n} | now.settings | {f"{part} model": name[:8] for part, name in now.models.items()}
+    for key in before | after:
+        if before.get(key) != after.get(key):
+            yield f"{key} {before.get(key)}, now {after.get(key)}"
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of scores in `path`; one that was cut off in the writing is removed, its prompt was not finished.
+
+    Raises:
+        UserError: a line is damaged, or a picture that it names is gone.
+    """
+    scores = path / SCORES
+    content = scores.read_bytes() if scores.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        write_atomic(scores, whole)
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+            files = [candidate["file"] for candidate in records[-1]["candidates"] if candidate["file"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{scores}: line {number} is damaged ({error}); give another --out") from error
+        for name in files:
+            if not (path / name).is_file():
+                raise UserError(f"{path / name}: gone, but {SCORES} names it; put it back or give another --out")
+    return records
+
+
+def _number(index: int, count: int) -> str:
+    """The index with so many digits that names sort as numbers do."""
+    return f"{index:0{max(3, len(str(count - 1)))}d}"
 
 
 def _font(size_px: int) -> ImageFont.FreeTypeFont:

@@ -1,13 +1,16 @@
 """`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from vqt2i.checkpoint import load_model, require_same
@@ -26,6 +29,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 PARTS = ("text", "vq", "gpt", "clip")
 PIPELINE = "pipeline.yaml"
 ROWS_AT_ONCE = 64  # images decoded or scored together: bounds the memory, changes no result
+GREY = 128
 
 
 class PipelineConfig(Config):
@@ -35,9 +39,9 @@ class PipelineConfig(Config):
     example_prompts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture with what made it.
+    """A picture with what made it; notebooks show it as a picture.
 
     image_HW3: uint8 RGB. image_ids_HW: its codes. scores: by scorer, higher is better; empty if nothing was scored.
     n_truncated: prompt ids that the model could not read.
@@ -47,10 +51,31 @@ class Sample:
     prompt_index: int
     image_index: int
     seed: int
-    image_HW3: np.ndarray
-    image_ids_HW: np.ndarray
+    image_HW3: np.ndarray = field(repr=False)
+    image_ids_HW: np.ndarray = field(repr=False)
     n_truncated: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as Pillow has it: `sample.image.save("red.png")`."""
+        return Image.fromarray(self.image_HW3)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.image.save(buffer, "png")
+        return buffer.getvalue()
+
+
+class Preview(NamedTuple):
+    """The images that are being drawn, as far as their tokens are.
+
+    jobs: which images, by prompt index and image index. images: decodes what there is of them when it is called; uint8
+    (images, height, width, 3), what is not drawn yet in GREY.
+    """
+
+    jobs: Sequence[Job]
+    images: Callable[[], np.ndarray]
 
 
 def pipeline_folders(folder: Path) -> dict[str, Path | None]:
@@ -122,7 +147,7 @@ class TextToImage:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         n: int = 1,
         rerank: int | None = None,
@@ -130,13 +155,20 @@ class TextToImage:
         sampling: SamplingConfig | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
     ) -> list[Sample]:
         """The best `n` pictures of each prompt, prompt by prompt, best first.
 
+        Equal arguments give equal pictures.
+
         Args:
+            prompts: what to draw, in any language; a single string is one prompt.
             rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
             scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption".
+            sampling: guidance, temperature and so on; None is the pipeline's own.
             on_token: called after each decoding step with the number of images that got a token.
+            on_preview: called after each decoding step with a `Preview`; it costs something where its images are asked
+                for, which need not be at every step.
 
         Raises:
             PromptError: numbers out of range, or a scorer that the pipeline does not have.
@@ -145,24 +177,40 @@ class TextToImage:
             raise PromptError(f"number of pictures: found {n}, expected 1 or more")
         if rerank is not None and 1 <= rerank < n:
             raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
-        groups = self.candidates(
+        groups = self.stream(
             prompts, n if rerank is None else rerank, scorer=scorer, scored=rerank is not None,
-            sampling=sampling, seed=seed, on_token=on_token,
+            sampling=sampling, seed=seed, on_token=on_token, on_preview=on_preview,
         )  # fmt: skip
         return [sample for group in groups for sample in group[:n]]
 
-    def candidates(
+    def candidates(self, prompts: str | Sequence[str], count: int, **options: Any) -> list[list[Sample]]:
+        """What `stream` yields, as a list."""
+        return list(self.stream(prompts, count, **options))
+
+    def stream(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         count: int,
         *,
+        first: int = 0,
         scorer: Scorer | None = None,
         scored: bool = True,
         sampling: SamplingConfig | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
-    ) -> list[list[Sample]]:
-        """All `count` pictures of each prompt: ranked best first if `scored`, else in the order of drawing."""
+        on_preview: Callable[[Preview], None] | None = None,
+    ) -> Iterator[list[Sample]]:
+        """All `count` pictures of each prompt, as they are drawn: ranked best first if `scored`, else in drawing order.
+
+        Holds max(`count`, ROWS_AT_ONCE) pictures at once, however many prompts there are. A picture depends on the
+        seed, its prompt's index and its own only, so that drawing may go on at any prompt.
+
+        Args:
+            first: index of the prompt to begin with.
+
+        Raises:
+            PromptError: at the call, before anything is drawn: numbers out of range, or a scorer that is not there.
+        """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
         scorer = scorer or self.default_scorer
@@ -171,30 +219,59 @@ class TextToImage:
         if scored and scorer != "caption" and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
-        prompts = [clean_text(prompt) for prompt in prompts]
-        texts = [tuple(self.text.encode(prompt)) for prompt in prompts]
-        jobs = [Job(text, p, i) for p, text in enumerate(texts) for i in range(count)]
-        if not jobs:
-            return []
-        ids_BHW = decode_image_ids(self.gpt, jobs, sampling or self.config.sampling, seed, on_token=on_token)
+        prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        at_once = max(1, ROWS_AT_ONCE // count)
+        # the parts lie alike whatever the first is: in another batch a score may differ in its last bit
+        starts = range(first - first % at_once, len(prompts), at_once) if first < len(prompts) else ()
+        parts = (range(start, min(start + at_once, len(prompts))) for start in starts)
+        draw = partial(
+            self._draw, prompts, count=count, scorer=scorer if scored else None,
+            sampling=sampling or self.config.sampling, seed=seed, on_token=on_token, on_preview=on_preview,
+        )  # fmt: skip
+        return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
+
+    def _draw(
+        self,
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        *,
+        count: int,
+        scorer: Scorer | None,
+        sampling: SamplingConfig,
+        seed: int,
+        on_token: Callable[[int], None] | None,
+        on_preview: Callable[[Preview], None] | None,
+    ) -> list[list[Sample]]:
+        """The candidates of the prompts of these indices, all drawn together."""
+        texts = {p: tuple(self.text.encode(prompts[p])) for p in indices}
+        jobs = [Job(text, p, i) for p, text in texts.items() for i in range(count)]
+
+        def on_partial(part: Sequence[Job], ids_BI: Callable[[], Tensor]) -> None:
+            on_preview(Preview(part, lambda: self._decode_part(ids_BI())))
+
+        ids_BHW = decode_image_ids(
+            self.gpt, jobs, sampling, seed, on_token=on_token, on_partial=on_partial if on_preview else None
+        )
         image_B3HW = self._decode(ids_BHW)
-        scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scored else {}
+        scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scorer else {}
         pictures = to_uint8(image_B3HW)
         limit = self.gpt.layout.config.text_length
         groups = []
-        for p, prompt in enumerate(prompts):
-            rows = slice(p * count, (p + 1) * count)
+        for start in range(0, len(jobs), count):
+            rows = slice(start, start + count)
             ranking = {name: values[rows] for name, values in scores.items()}
             if len(ranking) > 1:
                 ranking["both"] = combine(ranking)
+            # copies: a view would keep the pictures of the whole part for as long as one of them is kept
             group = [
                 Sample(
-                    prompt, p, i, seed, pictures[row], ids_BHW[row].numpy(), max(0, len(texts[p]) - limit),
-                    {name: float(values[i]) for name, values in ranking.items()},
+                    prompts[job.prompt_index], job.prompt_index, job.image_index, seed, pictures[row].copy(),
+                    ids_BHW[row].numpy().copy(), max(0, len(job.text_ids) - limit),
+                    {name: float(values[job.image_index]) for name, values in ranking.items()},
                 )
-                for i, row in enumerate(range(len(jobs))[rows])
+                for row, job in enumerate(jobs[rows], start)
             ]  # fmt: skip
-            groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scored else group)
+            groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scorer else group)
         return groups
 
     @torch.inference_mode()
@@ -202,9 +279,22 @@ class TextToImage:
         device = next(self.vq.parameters()).device
         return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(ROWS_AT_ONCE)])
 
+    def _decode_part(self, ids_BI: Tensor) -> np.ndarray:
+        """Pictures (B, height, width, 3) of the first ids of each image; grey where there are none yet."""
+        layout, n_drawn = self.gpt.layout.config, ids_BI.shape[1]
+        rows, columns = layout.grid_height, layout.grid_width
+        # the rest is painted over, but the decoder mixes it into its neighbours: the last id is like them
+        rest_BI = ids_BI[:, -1:].expand(-1, rows * columns - n_drawn)
+        ids_BHW = torch.cat((ids_BI, rest_BI), dim=1).reshape(-1, rows, columns)
+        image_BHW3 = to_uint8(self._decode(ids_BHW))
+        cell_px = image_BHW3.shape[1] // rows
+        missing_HW = (np.arange(rows * columns) >= n_drawn).reshape(rows, columns)
+        image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
+        return image_BHW3
+
     def _score(
         self,
-        scorer: Literal["clip", "caption", "both"],
+        scorer: Scorer,
         image_B3HW: Tensor,
         ids_BHW: Tensor,
         texts: list[tuple[int, ...]],

@@ -18,11 +18,13 @@ Scorer = Literal["clip", "caption", "both"]
 
 @torch.inference_mode()
 def clip_scores(clip: CLIP, image_B3HW: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Cosine of each image (in [-1, 1], of the scorer's size) with its text, (B,)."""
-    text = pad_texts([list(t) for t in texts], clip.config.text_length)
+    """Cosine of each image (in [-1, 1], of the scorer's size) with its text, (B,). Equal texts are read once."""
+    rows = {t: row for row, t in enumerate(dict.fromkeys(map(tuple, texts)))}
+    text = pad_texts([list(t) for t in rows], clip.config.text_length)
     device = clip.no_text.device
     image_BE = clip.encode_image(image_B3HW.to(device))
-    return (image_BE * clip.encode_text(*(t.to(device) for t in text))).sum(-1).cpu()
+    text_BE = clip.encode_text(*(t.to(device) for t in text))[[rows[tuple(t)] for t in texts]]
+    return (image_BE * text_BE).sum(-1).cpu()
 
 
 @torch.inference_mode()

@@ -80,8 +80,10 @@ def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tens
     Dividing by the length lets captions of different lengths be compared.
     """
     sequences = gpt.layout.join_reversed(text, image_BI)
-    hidden = gpt(Sequences(*(t[:, :-1] for t in sequences)))
-    at = gpt.layout.text_targets(reversed_order=True)
+    # behind the longest text is padding only, which nothing before it sees
+    start = gpt.layout.text_targets(reversed_order=True).start
+    at = slice(start, start + int(text.n_ids_B.max()) + 1)
+    hidden = gpt(Sequences(*(t[:, : at.stop] for t in sequences)))
     counts = _shifted(sequences.real_BL, at)
     nll, _ = token_nll(gpt.text_logits(hidden[:, at]), _shifted(sequences.ids_BL, at).clamp_max(gpt.layout.eot))
     return -(nll * counts).sum(1) / counts.sum(1)
