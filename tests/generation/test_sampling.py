@@ -88,9 +88,19 @@ def test_half_precision_logits_are_drawn_from_in_full(dtype: torch.dtype) -> Non
     assert torch.equal(draw(logits, uniforms, SamplingConfig()), draw(logits.float(), uniforms, SamplingConfig()))
 
 
+def test_the_guided_tokens_are_those_of_the_interval() -> None:
+    def guided(*interval: float, scale: float = 2.0) -> list[int]:
+        return list(SamplingConfig(guidance=scale, guidance_interval=interval).guided_tokens(8))
+
+    assert guided(0, 1) == list(range(8)) and guided(0.25, 0.5) == [2, 3] and guided(0.5, 0.5) == []
+    assert guided(0, 1, scale=1.0) == [] and guided(0, 1, scale=0.0) == list(range(8))
+    assert SamplingConfig().guided_tokens(8) == range(8)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("guidance", -1), ("guidance", float("nan")), ("guidance", 101), ("temperature", 0), ("temperature", float("inf")),
+    [("guidance_interval", (0.5, 0.4)), ("guidance_interval", (0, 1.1)), ("guidance_interval", (0.5,)),
+     ("guidance", -1), ("guidance", float("nan")), ("guidance", 101), ("temperature", 0), ("temperature", float("inf")),
      ("top_k", 0), ("top_k", 1.5), ("top_p", 0), ("top_p", 1.1), ("top_p", float("nan"))],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused_by_name(name: str, value: float) -> None:

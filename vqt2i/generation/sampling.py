@@ -3,20 +3,41 @@
 B batch, V vocabulary
 """
 
+from typing import Annotated
+
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from vqt2i.config import Config
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 
 class SamplingConfig(Config):
-    """guidance: 1 is none. temperature divides logits. top_k, top_p: null keeps everything."""
+    """guidance: 1 is none. temperature divides logits. top_k, top_p: null keeps everything.
+
+    guidance_interval: the share of an image's tokens, from where to where, that guidance acts on (Kynkäänniemi et al.
+        2024, arXiv 2404.07724, for diffusion). Elsewhere the unconditional half is not computed.
+    """
 
     guidance: float = Field(2.0, ge=0, le=100)
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     temperature: PositiveFloat = Field(1.0, le=100)
     top_k: PositiveInt | None = None
     top_p: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _interval_does_not_end_before_it_begins(self) -> "SamplingConfig":
+        start, end = self.guidance_interval
+        if start > end:
+            raise ValueError(f"guidance_interval: found {start} to {end}, expected a start that is not after the end")
+        return self
+
+    def guided_tokens(self, n: int) -> range:
+        """Which of an image's `n` tokens are guided."""
+        start, end = (round(share * n) for share in self.guidance_interval)
+        return range(start, end) if self.guidance != 1 else range(0)
 
 
 def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Tensor:
