@@ -56,6 +56,14 @@ def test_benchmark_generate_prints_both_and_their_ratio(tmp_path, capsys) -> Non
     assert out.count("vqt2i : transformers = ") == 8 and out.count("images/s") == 8
 
 
+def test_benchmark_generate_in_int8_states_no_rate_of_products(tmp_path, capsys) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY_GPT)
+    command = ["benchmark", "generate", "--config", str(tmp_path / "tiny.yaml"), "--rounds", "1", "--precision", "int8"]
+    assert main([*command, "--images", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("int8, 2 images") == 2 and "products" not in out
+
+
 def test_numbers_below_one_are_refused(fails) -> None:
     for option in ("--images", "--tokens", "--rounds"):
         assert f"{option} 0: expected 1 or more" in fails("benchmark", "generate", option, 0)

@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--images", type=int, nargs="+", default=[1, 4, 16], metavar="N",
                           help="candidates of one text drawn together (default: 1, 4 and 16)")  # fmt: skip
     generate.add_argument("--tokens", type=int, metavar="N", help="of an image (default: the configuration's grid)")
-    generate.add_argument("--precision", choices=("fp32", "bf16"), help="of the weights (default: one after the other)")
+    generate.add_argument("--precision", choices=("fp32", "bf16", "int8"), help="of the weights (default: fp32, then "
+                          "bf16); int8 has ours in 8 bits beside theirs in fp32")  # fmt: skip
     generate.add_argument("--rounds", type=int, default=3, metavar="N", help="of each, in turns (default: 3)")
     generate.set_defaults(run=_generate)
 
@@ -135,13 +136,15 @@ def _generate(args: argparse.Namespace) -> None:
           f"{config.text_length} + {n_tokens} tokens, {device}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}; memory is read at {memory_bandwidth(device.type) / 1e9:,.1f} GB/s")  # fmt: skip
     for precision in (args.precision,) if args.precision else ("fp32", "bf16"):
-        print(f"{precision}: matrix products run at {matmul_rate(device.type, precision) / 1e9:,.0f} GFLOP/s here")
+        if precision != "int8":
+            print(f"{precision}: matrix products run at {matmul_rate(device.type, precision) / 1e9:,.0f} GFLOP/s here")
         for found in compare_decoding(gpt, precision, counts=args.images, n_rounds=args.rounds, device=device):
             print(f"{precision}, {found.n_images} images, {'guided' if found.guided else 'not guided'}:")
             _print_timings(found.timings, found.n_images * n_tokens, "tokens", "vqt2i", "transformers")
             ours = found.timings["vqt2i"].median
-            print(f"  vqt2i: {found.n_images / ours:.3f} images/s, {found.least_s / ours:.0%} of what the memory's or "
-                  "the products' rate allows")  # fmt: skip
+            print(f"  vqt2i: {found.n_images / ours:.3f} images/s")
+            if found.least_s is not None:
+                print(f"  vqt2i: {found.least_s / ours:.0%} of what the memory's or the products' rate allows")
 
 
 def _vqgan(args: argparse.Namespace) -> None:

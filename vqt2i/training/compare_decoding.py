@@ -1,7 +1,7 @@
 """Our decoding beside that of `transformers`, timed in turns on the machine at hand."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,54 +9,58 @@ from torch import Tensor
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
-from vqt2i.runtime import Precision, matmul_rate, memory_bandwidth
+from vqt2i.runtime import matmul_rate, memory_bandwidth
 from vqt2i.training.compare import Timing, llama, time_in_turns
 
 GUIDANCE = 2.0  # any scale but 1 costs the same
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DecodingPrecision = Literal["fp32", "bf16", "int8"]
 
 
 class DecodingComparison(NamedTuple):
-    """Of `n_images` candidates of one text. least_s: no less time can the machine's own rates allow for a batch."""
+    """Of `n_images` candidates of one text. least_s: the least time that the machine's own rates allow for them; None
+    for int8, whose rate of products is not measured."""
 
     n_images: int
     guided: bool
-    least_s: float
+    least_s: float | None
     timings: dict[str, Timing]
 
 
 def compare_decoding(
-    config: GPTConfig, precision: Precision, *, counts: Sequence[int], n_rounds: int, device: torch.device
+    config: GPTConfig, precision: DecodingPrecision, *, counts: Sequence[int], n_rounds: int, device: torch.device
 ) -> Iterator[DecodingComparison]:
     """Time the drawing of images after a text of full length, for each number of candidates, plain and guided.
 
-    Weights are random and have the precision. The other side is the Llama in `transformers` of our width, depth, heads,
-    MLP and number of ids: its `generate()` with a dynamic cache, all candidates as rows of one batch, guidance by
-    a batch of twice as many rows. There the two rows of an image draw a token each, which costs what drawing once and
-    copying would.
+    Weights are random and have the precision; for int8, ours has 8-bit matrices and the other side fp32. The other side
+    is the Llama in `transformers` of our width, depth, heads, MLP and number of ids: its `generate()` with a dynamic
+    cache, all candidates as rows of one batch, guidance by a batch of twice as many rows. There the two rows of an
+    image draw a token each, which costs what drawing once and copying would.
 
     Raises:
         ConfigError: `transformers` is not installed.
     """
     torch.manual_seed(0)
-    dtype = DTYPES[precision]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with device:
         gpt = GPT(config).to(dtype).eval()
         other = llama(config, use_cache=True).to(dtype).eval()
     for n_images in counts:
         for guided in (False, True):
             jobs = {
-                "vqt2i": _our_decoding(gpt, n_images, guided),
+                "vqt2i": _our_decoding(gpt, n_images, guided, int8=precision == "int8"),
                 "transformers": _their_decoding(other, gpt, n_images, guided),
             }
-            least_s = _least_seconds(gpt, n_images, guided, matmul_rate(device.type, precision), dtype.itemsize)
+            least_s = None
+            if precision != "int8":
+                least_s = _least_seconds(gpt, n_images, guided, matmul_rate(device.type, precision), dtype.itemsize)
             yield DecodingComparison(n_images, guided, least_s, time_in_turns(jobs, n_rounds, device))
 
 
-def _our_decoding(gpt: GPT, n_images: int, guided: bool) -> Callable[[], Tensor]:
+def _our_decoding(gpt: GPT, n_images: int, guided: bool, *, int8: bool = False) -> Callable[[], Tensor]:
     sampling = SamplingConfig(guidance=GUIDANCE if guided else 1.0)
     text = (0,) * gpt.layout.config.text_length
-    return lambda: decode_image_ids(gpt, [Job(text, 0, i) for i in range(n_images)], sampling, seed=0)
+    jobs = [Job(text, 0, i) for i in range(n_images)]
+    return lambda: decode_image_ids(gpt, jobs, sampling, seed=0, precision="int8" if int8 else "as_loaded")
 
 
 def _their_decoding(other: torch.nn.Module, gpt: GPT, n_images: int, guided: bool) -> Callable[[], Tensor]:
