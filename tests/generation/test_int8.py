@@ -48,10 +48,10 @@ def test_logits_stay_close_and_nothing_of_the_original_changes(make_gpt) -> None
 
 
 def test_int8_images_depend_on_no_neighbour_either(make_gpt) -> None:
-    gpt, sampling = make_gpt(), SamplingConfig(guidance=2.0)
-    expected = decode_image_ids(gpt, JOBS, sampling, seed=5, precision="int8")
+    twin, sampling = to_int8(make_gpt()), SamplingConfig(guidance=2.0)
+    expected = decode_image_ids(twin, JOBS, sampling, seed=5)
     for rows in (1, 4):
-        found = decode_image_ids(gpt, JOBS, sampling, seed=5, rows_at_once=rows, precision="int8")
+        found = decode_image_ids(twin, JOBS, sampling, seed=5, rows_at_once=rows)
         assert torch.equal(found, expected)
 
 

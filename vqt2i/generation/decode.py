@@ -6,13 +6,12 @@ B batch (images), I image ids, V vocabulary
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqt2i.generation.int8 import to_int8
 from vqt2i.generation.sampling import SamplingConfig, draw, guide
 from vqt2i.gpt import GPT
 from vqt2i.nn.cache import BranchedCache, Branches
@@ -43,22 +42,16 @@ def decode_image_ids(
     seed: int,
     *,
     rows_at_once: int = 64,
-    precision: Literal["as_loaded", "int8"] = "as_loaded",
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw the ids of every job's image, (jobs, grid height, grid width) on the CPU.
 
     Args:
+        gpt: or its twin from `to_int8`, which is faster on CPUs and draws other images.
         rows_at_once: images decoded together; a guided token takes two rows of each. Changes memory and speed, not the
             images.
-        precision: of the matrices: that of the weights, or int8 (on CPUs), which is faster and draws other images.
         on_token: called with the number of images that got a token, after each step.
-
-    Raises:
-        ConfigError: int8 where there are no kernels for it.
     """
-    if precision == "int8":
-        gpt = to_int8(gpt)
     parts = [
         _decode_batch(gpt, jobs[start : start + rows_at_once], sampling, seed, on_token)
         for start in range(0, len(jobs), rows_at_once)

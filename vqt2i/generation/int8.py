@@ -59,7 +59,7 @@ class Int8ImageHead(Int8Linear):
 def to_int8(gpt: GPT) -> GPT:
     """A twin with 8-bit matrices in its blocks and its image head, for `prefill` and `step`; the rest is shared.
 
-    Takes as long as reading the weights a few times, so decoding makes one for each call.
+    It follows no later change of the weights. At 111 M parameters making it takes about 2 s, so keep it.
 
     Raises:
         ConfigError: the model is not on a CPU, or this CPU has no kernels for it.

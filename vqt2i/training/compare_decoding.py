@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.int8 import to_int8
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.runtime import matmul_rate, memory_bandwidth
@@ -44,10 +45,11 @@ def compare_decoding(
     with device:
         gpt = GPT(config).to(dtype).eval()
         other = llama(config, use_cache=True).to(dtype).eval()
+    ours = to_int8(gpt) if precision == "int8" else gpt
     for n_images in counts:
         for guided in (False, True):
             jobs = {
-                "vqt2i": _our_decoding(gpt, n_images, guided, int8=precision == "int8"),
+                "vqt2i": _our_decoding(ours, n_images, guided),
                 "transformers": _their_decoding(other, gpt, n_images, guided),
             }
             least_s = None
@@ -56,11 +58,11 @@ def compare_decoding(
             yield DecodingComparison(n_images, guided, least_s, time_in_turns(jobs, n_rounds, device))
 
 
-def _our_decoding(gpt: GPT, n_images: int, guided: bool, *, int8: bool = False) -> Callable[[], Tensor]:
+def _our_decoding(gpt: GPT, n_images: int, guided: bool) -> Callable[[], Tensor]:
     sampling = SamplingConfig(guidance=GUIDANCE if guided else 1.0)
     text = (0,) * gpt.layout.config.text_length
     jobs = [Job(text, 0, i) for i in range(n_images)]
-    return lambda: decode_image_ids(gpt, jobs, sampling, seed=0, precision="int8" if int8 else "as_loaded")
+    return lambda: decode_image_ids(gpt, jobs, sampling, seed=0)
 
 
 def _their_decoding(other: torch.nn.Module, gpt: GPT, n_images: int, guided: bool) -> Callable[[], Tensor]:
