@@ -2,7 +2,17 @@
 import pytest
 import torch
 
-from vqt2i.runtime import counter, fastest_precision, matmul_rate, peak_memory, pick_device, progress, say, stream_seed
+from vqt2i.runtime import (
+    counter,
+    fastest_precision,
+    matmul_rate,
+    memory_bandwidth,
+    peak_memory,
+    pick_device,
+    progress,
+    say,
+    stream_seed,
+)
 
 
 def test_stream_seeds_depend_on_their_parts_alone() -> None:
@@ -65,3 +75,8 @@ def test_the_matmul_rate_leaves_the_random_stream_where_it_is() -> None:
 def test_the_matmul_rate_is_measured_once_for_a_shape():
     rate = matmul_rate("cpu", "fp32", (64, 64, 64))
     assert rate > 1e6 and matmul_rate("cpu", "fp32", (64, 64, 64)) == rate
+
+
+def test_the_memory_bandwidth_is_measured_once_for_a_size() -> None:
+    rate = memory_bandwidth("cpu", 2**24)
+    assert rate > 1e7 and memory_bandwidth("cpu", 2**24) == rate

@@ -204,6 +204,20 @@ def matmul_rate(device_type: str, precision: Precision, shape: tuple[int, int, i
     return 2 * m * k * n / best
 
 
+@cache
+def memory_bandwidth(device_type: str, n_bytes: int = 2**29) -> float:
+    """Bytes a second at which this machine reads memory: the best of four sums of a tensor of `n_bytes`."""
+    import torch
+
+    x = torch.ones(n_bytes // 4, device=device_type)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return n_bytes / best
+
+
 def peak_memory(device: "torch.device") -> int:
     """The most bytes that this process has held at once: on a CUDA device as allocated by PyTorch, else of the host."""
     import resource  # not on Windows

@@ -47,10 +47,12 @@ def test_equal_commands_draw_equal_pictures_and_other_seeds_others(draw) -> None
 
 def test_every_setting_reaches_the_pictures_metadata(draw) -> None:
     options = ["--guidance", 3, "--temperature", 0.9, "--top-k", 5, "--top-p", 0.8, "--seed", 7, "--rerank", 2]
+    options += ["--guidance-interval", 0.25, 1]
     assert draw("x", *options, "--scorer", "caption", "--out", "o") == 0
     facts = json.loads(Image.open("o/000-00.png").text["vqt2i"])
     assert facts["settings"] == {
         "guidance": 3.0, "temperature": 0.9, "top_k": 5, "top_p": 0.8, "seed": 7, "rerank": 2, "scorer": "caption",
+        "guidance_interval": [0.25, 1.0],
     }  # fmt: skip
     assert set(facts["scores"]) == {"caption"}
 
@@ -97,6 +99,7 @@ def test_hostile_prompts_are_drawn(draw, prompt: str, capsys: pytest.CaptureFixt
         (["--top-k", 0], "top_k"),
         (["--guidance", "nan"], "guidance"),
         (["--guidance", "-1"], "guidance"),
+        (["--guidance-interval", "0.5", "0.2"], "guidance_interval: found 0.5 to 0.2"),
         (["--guidance", "much"], "--guidance: invalid float value: 'much'"),
         (["--scorer", "beauty", "--rerank", 2], "--scorer: invalid choice: 'beauty'"),
         (["--scorer", "clip"], "--scorer clip: nothing is ranked without --rerank"),

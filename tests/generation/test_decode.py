@@ -13,6 +13,7 @@ SETTINGS = [
     SamplingConfig(guidance=3.0),
     SamplingConfig(guidance=2.0, temperature=0.7, top_k=4),
     SamplingConfig(guidance=0.0, top_p=0.8),
+    SamplingConfig(guidance=3.0, guidance_interval=(0.3, 0.8)),
 ]
 
 
@@ -26,13 +27,14 @@ def drawn_naively(gpt: GPT, job: Job, sampling: SamplingConfig, seed: int) -> li
     """One image alone, token by token, without cache or batch, each step a full forward pass."""
     config, ids = gpt.layout.config, []
     numbers = uniforms(job, seed, gpt.layout.image_length)
-    for number in numbers:
-        logits = []
+    for index, number in enumerate(numbers):
+        start, end = (round(share * len(numbers)) for share in sampling.guidance_interval)
+        scale, logits = sampling.guidance if start <= index < end else 1.0, []
         for text in (job.text_ids, ()):
             so_far = torch.tensor([ids], dtype=torch.long)
             hidden = gpt(gpt.layout.join(pad_texts([list(text)], config.text_length), so_far))
             logits.append(gpt.image_logits(hidden[:, -1])[0].double())
-        guided = (logits[1] + sampling.guidance * (logits[0] - logits[1])) / sampling.temperature
+        guided = (logits[1] + scale * (logits[0] - logits[1])) / sampling.temperature
         order = guided.argsort(descending=True).tolist()[: sampling.top_k]
         p = guided.softmax(0)
         if sampling.top_k:
@@ -85,6 +87,43 @@ def test_guidance_1_is_plain_sampling_and_0_ignores_the_text(gpt: GPT) -> None:
     texts = [Job((), job.prompt_index, job.image_index) for job in JOBS]
     free = SamplingConfig(guidance=0.0)
     assert torch.equal(decode_image_ids(gpt, JOBS, free, seed=5), decode_image_ids(gpt, texts, SETTINGS[0], seed=5))
+
+
+def computed(gpt: GPT, sampling: SamplingConfig, jobs: list[Job] = JOBS) -> list[tuple[int, int]]:
+    """Rows and positions of each pass through the transformer while decoding."""
+    sizes = []
+    hook = gpt.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[:2])))
+    decode_image_ids(gpt, jobs, sampling, seed=5)
+    hook.remove()
+    return sizes
+
+
+def test_each_text_is_read_once_padded_no_further_than_needed_and_each_image_steps_once(gpt: GPT) -> None:
+    # (1, 2, 3) has six images, () and (9, 8) three each: read together; the null condition by itself
+    read = [(2, 2 + 3), (1, 3 + 3)]
+    assert computed(gpt, SETTINGS[0]) == [*read, *[(12, 1)] * 5]
+    assert computed(gpt, SETTINGS[1]) == [*read, (1, 1 + 3), *[(24, 1)] * 5]
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps"),
+    [
+        ((0, 0.5), [(24, 1)] * 2 + [(12, 1)] * 3),
+        ((0.5, 1), [(12, 1)] * 3 + [(12, 3)] + [(24, 1)] * 2),
+        ((0.3, 0.5), [(12, 1)] * 2 + [(12, 2)] + [(12, 1)] * 3),
+        ((1 / 6, 0.5), [(24, 1)] * 2 + [(12, 1)] * 3),
+    ],
+)  # fmt: skip
+def test_where_guidance_is_off_the_null_rows_are_not_computed(gpt: GPT, interval, steps: list) -> None:
+    found = computed(gpt, SamplingConfig(guidance=3.0, guidance_interval=interval))
+    assert found[3:] == steps
+
+
+def test_an_interval_of_nothing_is_plain_sampling(gpt: GPT) -> None:
+    for interval in ((0, 0), (0.5, 0.5), (1, 1)):
+        sampling = SamplingConfig(guidance=3.0, guidance_interval=interval)
+        assert torch.equal(decode_image_ids(gpt, JOBS, sampling, seed=5), decode_image_ids(gpt, JOBS, SETTINGS[0], 5))
+        assert computed(gpt, sampling) == computed(gpt, SETTINGS[0])
 
 
 def test_guidance_of_the_empty_prompt_changes_nothing(gpt: GPT) -> None:

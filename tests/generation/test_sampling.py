@@ -4,7 +4,7 @@ import torch
 
 from vqt2i.config import build_config
 from vqt2i.errors import ConfigError
-from vqt2i.generation.sampling import SamplingConfig, draw, guide, keep_top_k, keep_top_p, pick
+from vqt2i.generation.sampling import SamplingConfig, draw, guide, keep_likeliest, pick
 
 LOGITS = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
 NO = -torch.inf
@@ -25,32 +25,54 @@ def test_guidance_is_its_formula() -> None:
 
 @pytest.mark.parametrize(("k", "expected"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
 def test_top_k_by_hand(k: int, expected: list[int]) -> None:
-    assert kept(keep_top_k(LOGITS, k)) == [expected]
+    assert kept(keep_likeliest(LOGITS, k, None)) == [expected]
 
 
 def test_top_k_keeps_ties_with_the_last() -> None:
-    assert kept(keep_top_k(torch.tensor([[1.0, 3.0, 1.0, 0.0]]), 2)) == [[0, 1, 2]]
+    assert kept(keep_likeliest(torch.tensor([[1.0, 3.0, 1.0, 0.0]]), 2, None)) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
     ("p", "expected"), [(0.01, [0]), (0.39, [0]), (0.41, [0, 1]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
 )
 def test_top_p_by_hand(p: float, expected: list[int]) -> None:
-    assert kept(keep_top_p(LOGITS, p)) == [expected]
+    assert kept(keep_likeliest(LOGITS, None, p)) == [expected]
     shuffled = [2, 0, 3, 1]
-    assert kept(keep_top_p(LOGITS[:, shuffled], p)) == [sorted(shuffled.index(i) for i in expected)]
+    assert kept(keep_likeliest(LOGITS[:, shuffled], None, p)) == [sorted(shuffled.index(i) for i in expected)]
 
 
 def test_filters_leave_what_they_keep_and_what_was_out_already() -> None:
     logits = torch.tensor([[2.0, NO, 1.0, 0.0]])
-    assert torch.equal(keep_top_k(logits, 2), torch.tensor([[2.0, NO, 1.0, NO]]))
-    assert torch.equal(keep_top_p(logits, 1.0), logits)
+    assert torch.equal(keep_likeliest(logits, 2, None), torch.tensor([[2.0, NO, 1.0, NO]]))
+    assert torch.equal(keep_likeliest(logits, None, 1.0), logits)
     assert torch.equal(LOGITS, torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log())
 
 
 def test_a_number_picks_the_id_whose_interval_it_is_in() -> None:
     uniforms = torch.tensor([0.0, 0.399, 0.401, 0.699, 0.701, 0.899, 0.901, 1 - 1e-9], dtype=torch.float64)
     assert pick(LOGITS.expand(8, 4), uniforms).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 1000])
+def test_picks_are_those_of_one_running_sum_over_the_vocabulary(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    logits = torch.randn(300, n, generator=generator) * 3
+    logits[:, ::3] = NO if n > 1 else 0.0
+    uniforms = torch.rand(300, generator=generator, dtype=torch.float64)
+    ends = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(ends, uniforms[:, None] * ends[:, -1:], right=True).squeeze(-1)
+    assert torch.equal(pick(logits, uniforms), expected)
+
+
+@pytest.mark.parametrize("k", [None, 1, 7, 500])
+@pytest.mark.parametrize("p", [None, 0.3, 0.95])
+def test_what_is_kept_is_what_a_sorted_list_says(k: int | None, p: float | None) -> None:
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    for row, found in zip(logits.double(), kept(keep_likeliest(logits, k, p)), strict=True):
+        order = row.argsort(descending=True)[:k]
+        probabilities = row[order].softmax(0)
+        n = len(order) if p is None else int((probabilities.cumsum(0) - probabilities < p).sum())
+        assert found == sorted(order[:n].tolist())
 
 
 def test_an_id_that_was_filtered_out_is_never_picked() -> None:
@@ -88,9 +110,19 @@ def test_half_precision_logits_are_drawn_from_in_full(dtype: torch.dtype) -> Non
     assert torch.equal(draw(logits, uniforms, SamplingConfig()), draw(logits.float(), uniforms, SamplingConfig()))
 
 
+def test_the_guided_tokens_are_those_of_the_interval() -> None:
+    def guided(*interval: float, scale: float = 2.0) -> list[int]:
+        return list(SamplingConfig(guidance=scale, guidance_interval=interval).guided_tokens(8))
+
+    assert guided(0, 1) == list(range(8)) and guided(0.25, 0.5) == [2, 3] and guided(0.5, 0.5) == []
+    assert guided(0, 1, scale=1.0) == [] and guided(0, 1, scale=0.0) == list(range(8))
+    assert SamplingConfig().guided_tokens(8) == range(8)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("guidance", -1), ("guidance", float("nan")), ("guidance", 101), ("temperature", 0), ("temperature", float("inf")),
+    [("guidance_interval", (0.5, 0.4)), ("guidance_interval", (0, 1.1)), ("guidance_interval", (0.5,)),
+     ("guidance", -1), ("guidance", float("nan")), ("guidance", 101), ("temperature", 0), ("temperature", float("inf")),
      ("top_k", 0), ("top_k", 1.5), ("top_p", 0), ("top_p", 1.1), ("top_p", float("nan"))],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused_by_name(name: str, value: float) -> None:

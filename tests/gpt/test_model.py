@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from vqt2i.gpt import GPT, Sequences
+from vqt2i.nn.cache import BranchedCache, Branches
 from vqt2i.text import TextBatch, pad_texts
 
 TEXTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9]]
@@ -19,20 +20,41 @@ def image_logits(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tensor:
     return gpt.image_logits(hidden[:, gpt.layout.image_targets(reversed_order=False)])
 
 
+def cached_image_logits(gpt: GPT, groups: list[tuple[TextBatch, int]], image_BI: Tensor) -> Tensor:
+    """As `image_logits` of rows that stand `n_each` times for every text of a group, by prefill and cached steps."""
+    logits, branches = [], []
+    for text, n_each in groups:
+        prefix = gpt.layout.text_prefix(text)
+        logits_BV, cache = gpt.prefill(prefix)
+        logits.append(logits_BV.repeat_interleave(n_each, dim=0))
+        branches.append(Branches(cache, prefix.real_BL, n_each, gpt.layout.image_length - 1))
+    cache = BranchedCache(branches)
+    steps = [gpt.step(image_BI[:, i : i + 1], cache) for i in range(gpt.layout.image_length - 1)]
+    return torch.stack([torch.cat(logits), *steps], dim=1)
+
+
 @POSITIONS
 @torch.no_grad()
-def test_prefill_and_cached_steps_match_the_full_forward_after_a_repeat(make_gpt, positions: str) -> None:
-    gpt, counts = make_gpt(positions), [2, 1, 3, 1]
-    rows = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
-    text, image_BI = pad_texts(TEXTS, 5), images(7)
-    expected = image_logits(gpt, TextBatch(*(t[rows] for t in text)), image_BI)
+def test_prefill_and_cached_steps_match_the_full_forward_for_ragged_counts(make_gpt, positions: str) -> None:
+    gpt, image_BI = make_gpt(positions), images(7)
+    texts = [TEXTS[row] for row in (0, 1, 1, 1, 2, 2, 2)]
+    expected = image_logits(gpt, pad_texts(texts, 5), image_BI)
+    groups = [(pad_texts(TEXTS[:1], 3), 1), (pad_texts(TEXTS[1:3], 5), 3)]
+    torch.testing.assert_close(cached_image_logits(gpt, groups, image_BI), expected)
 
-    prefix = gpt.layout.text_prefix(text)
-    logits, small = gpt.prefill(prefix, gpt.layout.prefix_length)
-    cache, found = small.repeat(counts, gpt.layout.length - 1), [logits[rows]]
-    for index in range(5):
-        found.append(gpt.step(image_BI[:, index], index, prefix.real_BL[rows], cache))
-    torch.testing.assert_close(torch.stack(found, dim=1), expected)
+
+@POSITIONS
+@torch.no_grad()
+def test_several_tokens_in_one_step_match_one_by_one(make_gpt, positions: str) -> None:
+    gpt, image_BI, text = make_gpt(positions), images(4), pad_texts(TEXTS, 5)
+    expected = image_logits(gpt, text, image_BI)
+    for cuts in ([5], [2, 3], [1, 4]):
+        prefix = gpt.layout.text_prefix(text)
+        cache = BranchedCache([Branches(gpt.prefill(prefix)[1], prefix.real_BL, 1, 5)])
+        at = 0
+        for part in image_BI[:, :5].split(cuts, dim=1):
+            at += part.shape[1]
+            torch.testing.assert_close(gpt.step(part, cache), expected[:, at])
 
 
 @POSITIONS
@@ -107,21 +129,19 @@ def test_under_bf16_cached_steps_stay_close_to_fp32(make_gpt) -> None:
     expected = image_logits(gpt, text, image_BI)
     with torch.autocast("cpu", torch.bfloat16):
         full = image_logits(gpt, text, image_BI)
-        prefix = gpt.layout.text_prefix(text)
-        logits, cache = gpt.prefill(prefix, gpt.layout.length - 1)
-        steps = [logits] + [gpt.step(image_BI[:, i], i, prefix.real_BL, cache) for i in range(5)]
-    assert cache.kv.dtype == torch.bfloat16
-    for found in (full, torch.stack(steps, dim=1)):
+        cached = cached_image_logits(gpt, [(text, 1)], image_BI)
+        assert gpt.prefill(gpt.layout.text_prefix(text))[1].kv.dtype == torch.bfloat16
+    for found in (full, cached):
         assert (found.float() - expected).abs().mean() < 0.02 * expected.std()
 
 
 @torch.no_grad()
 def test_weights_in_bf16_work_too(make_gpt) -> None:
     gpt, text = make_gpt().bfloat16(), pad_texts(TEXTS, 5)
-    prefix = gpt.layout.text_prefix(text)
-    logits, cache = gpt.prefill(prefix, gpt.layout.length - 1)
+    logits, cache = gpt.prefill(gpt.layout.text_prefix(text))
     assert logits.dtype == cache.kv.dtype == torch.bfloat16
-    assert gpt.step(torch.zeros(4, dtype=torch.long), 0, prefix.real_BL, cache).isfinite().all()
+    cached = cached_image_logits(gpt, [(text, 1)], images(4))
+    assert cached.dtype == torch.bfloat16 and cached.isfinite().all()
 
 
 def test_a_sequence_of_no_rows_is_allowed(make_gpt) -> None:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqt2i.nn.transformer import Attention, Block, KVCache, Rotary, SwiGLU, Transformer, TransformerConfig, rotate
+from vqt2i.nn.transformer import Attention, Block, Rotary, SwiGLU, Transformer, TransformerConfig, rotate
 
 CONFIG = TransformerConfig(width=24, n_layers=3, n_heads=3, mlp_width=40)
 
@@ -96,35 +96,6 @@ def test_rotation_keeps_lengths_and_position_zero_changes_nothing() -> None:
     turned = rotate(x, rotary(torch.tensor([[[0], [7], [500]]])))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
-
-
-def test_cached_pieces_match_the_whole_whatever_the_cut() -> None:
-    model, x_BLD = Transformer(CONFIG).eval(), torch.randn(2, 7, 24)
-    cos, sin = angles(7)
-    whole = model(x_BLD, mask_B1LK=causal(7), cos_sin=(cos, sin))
-    for cuts in ([7], [3, 4], [1] * 7, [5, 1, 1]):
-        cache = KVCache(CONFIG, 2, 7, torch.device("cpu"), torch.float32)
-        parts, start = [], 0
-        for size in cuts:
-            stop = start + size
-            at = (cos[:, :, start:stop], sin[:, :, start:stop])
-            mask = causal(stop)[:, :, start:]
-            parts.append(model(x_BLD[:, start:stop], mask_B1LK=mask, cos_sin=at, cache=cache))
-            start = stop
-        assert cache.n_filled == 7
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole)
-
-
-def test_a_repeated_cache_holds_each_row_as_often_as_asked_with_room_for_more() -> None:
-    model, x_BLD = Transformer(CONFIG).eval(), torch.randn(2, 4, 24)
-    cache = KVCache(CONFIG, 2, 3, torch.device("cpu"), torch.float32)
-    model(x_BLD[:, :3], mask_B1LK=causal(3), cache=cache)
-    repeated = cache.repeat([1, 3], 4)
-    rows = [0, 1, 1, 1]
-    assert torch.equal(repeated.kv[..., :3, :], cache.kv[:, :, rows])
-    step = model(x_BLD[rows, 3:], cache=repeated)
-    torch.testing.assert_close(step, model(x_BLD[rows], mask_B1LK=causal(4))[:, 3:])
-    assert (cache.n_filled, repeated.n_filled) == (3, 4)
 
 
 def test_a_new_model_neither_grows_nor_shrinks_its_stream_with_depth() -> None:

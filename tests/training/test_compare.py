@@ -64,9 +64,11 @@ def test_benchmark_vqgan_prints_images_a_second(tmp_path, capsys) -> None:
     assert out.count("images/s") == 8 and out.count("vqt2i : diffusers = ") == 4
 
 
-@pytest.mark.parametrize("part, package", [("train", "transformers"), ("vqgan", "diffusers")])
+@pytest.mark.parametrize(
+    "part, package", [("train", "transformers"), ("generate", "transformers"), ("vqgan", "diffusers")]
+)
 def test_without_the_other_project_what_to_install_is_told(part, package, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    (tmp_path / "tiny.yaml").write_text(TINY_GPT if part == "train" else TINY_VQ)
+    (tmp_path / "tiny.yaml").write_text(TINY_VQ if part == "vqgan" else TINY_GPT)
     assert main(["benchmark", part, "--config", str(tmp_path / "tiny.yaml")]) == 2
     assert f"{package}`, which is not installed; pip install 'vqt2i[benchmark]'" in capsys.readouterr().err

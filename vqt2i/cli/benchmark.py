@@ -28,6 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--no-compile", action="store_true", help="time plain PyTorch only")
     train.set_defaults(run=_train)
 
+    generate = parts.add_parser("generate", help="image tokens a second drawn by a GPT, beside transformers' Llama")
+    generate.add_argument(
+        "--config", type=Path, default=Path("configs/gpt/llamagen_b.yaml"), metavar="FILE",
+        help="a GPT with `sizes` (default: configs/gpt/llamagen_b.yaml, 111 M parameters)",
+    )  # fmt: skip
+    generate.add_argument("--images", type=int, nargs="+", default=[1, 4, 16], metavar="N",
+                          help="candidates of one text drawn together (default: 1, 4 and 16)")  # fmt: skip
+    generate.add_argument("--tokens", type=int, metavar="N", help="of an image (default: the configuration's grid)")
+    generate.add_argument("--precision", choices=("fp32", "bf16", "int8"), help="of the weights (default: fp32, then "
+                          "bf16); int8 has ours in 8 bits beside theirs in fp32")  # fmt: skip
+    generate.add_argument("--rounds", type=int, default=3, metavar="N", help="of each, in turns (default: 3)")
+    generate.set_defaults(run=_generate)
+
     vqgan = parts.add_parser("vqgan", help="images a second of an image tokenizer, beside diffusers' VQModel")
     vqgan.add_argument(
         "--config", type=Path, default=Path("configs/vqgan/taming_128.yaml"), metavar="FILE",
@@ -63,20 +76,27 @@ def _data(args: argparse.Namespace) -> None:
           f"batches of {args.batch_size}")  # fmt: skip
 
 
+def _load_gpt(path: Path) -> Any:
+    """A GPT's run configuration with `sizes`; a benchmark reads no tokenizers."""
+    from vqt2i.config import load_config
+    from vqt2i.errors import ConfigError
+    from vqt2i.training.gpt import GPTRunConfig
+
+    config = load_config(GPTRunConfig, path)
+    if config.sizes is None:
+        raise ConfigError(f"{path}: sizes is null; a benchmark needs it, for it reads no tokenizers")
+    return config
+
+
 def _train(args: argparse.Namespace) -> None:
     import torch
 
-    from vqt2i.config import load_config
-    from vqt2i.errors import ConfigError
     from vqt2i.runtime import pick_device
     from vqt2i.training.compare import compare_training
-    from vqt2i.training.gpt import GPTRunConfig
     from vqt2i.training.plan import count_parameters
 
     _require_at_least(args, text_ids=1, batch_size=1, rounds=1)
-    config = load_config(GPTRunConfig, args.config)
-    if config.sizes is None:
-        raise ConfigError(f"{args.config}: sizes is null; a benchmark needs it, for it reads no tokenizers")
+    config = _load_gpt(args.config)
     sizes = config.sizes.model_copy(update={"n_text_ids": args.text_ids or config.sizes.n_text_ids})
     config = config.model_copy(update={
         "sizes": sizes, "transformer": config.transformer.model_copy(update={"dropout": 0.0}),
@@ -95,6 +115,36 @@ def _train(args: argparse.Namespace) -> None:
         _print_timings(found.timings, found.n_tokens, "tokens", "vqt2i", "transformers")
         best = min(timing.median for name, timing in found.timings.items() if name.startswith("vqt2i"))
         print(f"  vqt2i at its best: {found.flops / best / found.matmul_rate:.0%} of the rate of matrix products")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    import torch
+
+    from vqt2i.runtime import matmul_rate, memory_bandwidth, pick_device
+    from vqt2i.training.compare_decoding import compare_decoding
+    from vqt2i.training.plan import count_parameters
+
+    _require_at_least(args, tokens=1, rounds=1)
+    for n in args.images:
+        _require_at_least(argparse.Namespace(images=n), images=1)
+    config = _load_gpt(args.config)
+    grid = {"grid_height": 1, "grid_width": args.tokens} if args.tokens else {}
+    sizes = config.sizes.model_copy(update=grid)
+    config = config.model_copy(update={"sizes": sizes})
+    gpt, device, n_tokens = config.model(sizes, "none", "none"), pick_device(), sizes.grid_height * sizes.grid_width
+    print(f"{count_parameters(gpt).total / 1e6:,.1f} M parameters, {sizes.n_image_ids:,} image ids, "
+          f"{config.text_length} + {n_tokens} tokens, {device}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}; memory is read at {memory_bandwidth(device.type) / 1e9:,.1f} GB/s")  # fmt: skip
+    for precision in (args.precision,) if args.precision else ("fp32", "bf16"):
+        if precision != "int8":
+            print(f"{precision}: matrix products run at {matmul_rate(device.type, precision) / 1e9:,.0f} GFLOP/s here")
+        for found in compare_decoding(gpt, precision, counts=args.images, n_rounds=args.rounds, device=device):
+            print(f"{precision}, {found.n_images} images, {'guided' if found.guided else 'not guided'}:")
+            _print_timings(found.timings, found.n_images * n_tokens, "tokens", "vqt2i", "transformers")
+            ours = found.timings["vqt2i"].median
+            print(f"  vqt2i: {found.n_images / ours:.3f} images/s")
+            if found.least_s is not None:
+                print(f"  vqt2i: {found.least_s / ours:.0%} of what the memory's or the products' rate allows")
 
 
 def _vqgan(args: argparse.Namespace) -> None:

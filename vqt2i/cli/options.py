@@ -37,8 +37,11 @@ def _resume(value: str) -> str | Path:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """--guidance, --temperature, --top-k, --top-p."""
+    """--guidance, --guidance-interval, --temperature, --top-k, --top-p."""
     parser.add_argument("--guidance", type=float, metavar="S", help="1 is none (default: the model's own)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"),
+                        help="the shares of an image's tokens from and to which guidance acts "
+                             "(default: the model's own)")  # fmt: skip
     parser.add_argument("--temperature", type=float, metavar="T", help="default: the model's own")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest ids only")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest ids of probability P only")
@@ -48,7 +51,8 @@ def sampling_from(args: argparse.Namespace, defaults: "SamplingConfig") -> "Samp
     """A model's sampling defaults with what was given on the command line."""
     from vqt2i.config import build_config
 
-    given = {k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None}
+    names = ("guidance", "guidance_interval", "temperature", "top_k", "top_p")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     return build_config(type(defaults), defaults.model_dump() | given, "sampling")
 
 

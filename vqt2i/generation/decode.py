@@ -1,9 +1,11 @@
 """Image ids from texts: prefill each distinct text once, share it among its candidates, step all images together.
 
-B batch (images), I image ids, P prefix length, V vocabulary
+B batch (images), I image ids, V vocabulary
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +14,9 @@ from torch import Tensor
 
 from vqt2i.generation.sampling import SamplingConfig, draw, guide
 from vqt2i.gpt import GPT
-from vqt2i.nn.transformer import KVCache
+from vqt2i.nn.cache import BranchedCache, Branches
 from vqt2i.runtime import stream_seed
-from vqt2i.text import pad_texts
+from vqt2i.text import TextBatch, pad_texts
 
 
 class Job(NamedTuple):
@@ -25,12 +27,11 @@ class Job(NamedTuple):
     image_index: int
 
 
-class _Started(NamedTuple):
-    """After the prefill: next logits, cache, prefix mask. Conditional rows first and then, if guided, the null rows."""
+class _Prefilled(NamedTuple):
+    """Rows that have read their prefix: the logits of their first token, (B, V), and their branches."""
 
     logits_BV: Tensor
-    cache: KVCache
-    real_BP: Tensor
+    branches: list[Branches]
 
 
 @torch.inference_mode()
@@ -47,7 +48,9 @@ def decode_image_ids(
     """Draw the ids of every job's image, (jobs, grid height, grid width) on the CPU.
 
     Args:
-        rows_at_once: images decoded together; guided, each takes two rows. Changes memory and speed, not the images.
+        gpt: or its twin from `to_int8`, which is faster on CPUs and draws other images.
+        rows_at_once: images decoded together; a guided token takes two rows of each. Changes memory and speed, not the
+            images.
         on_token: called with the number of images that got a token, after each step.
         on_partial: called after each step with the images being drawn and a function that returns the ids that they
             have so far, (images, tokens) on the CPU. Calling that function waits for the device; not calling it costs
@@ -75,41 +78,51 @@ def _decode_batch(
     on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None,
 ) -> Tensor:
     n, device = gpt.layout.image_length, gpt.embedding.weight.device
-    uniform_IB = torch.from_numpy(np.stack([uniforms(job, seed, n) for job in jobs], axis=1)).to(device)
-    guided = sampling.guidance != 1
-    # rows of one text stand together, so that each distinct text is prefilled once
-    order = sorted(range(len(jobs)), key=lambda i: jobs[i].text_ids)
-    started = _start(gpt, [jobs[i].text_ids for i in order], guided)
-    uniform_IB = uniform_IB[:, order]
-    inverse = torch.empty(len(order), dtype=torch.long).scatter_(0, torch.tensor(order), torch.arange(len(order)))
-    logits, image_ids = started.logits_BV, []
+    # images of one text stand together, and texts of equally many images, so that they share prefixes and products
+    counts = Counter(job.text_ids for job in jobs)
+    order = sorted(range(len(jobs)), key=lambda i: (counts[jobs[i].text_ids], jobs[i].text_ids))
+    inverse = torch.tensor(order).argsort()
+    uniform_IB = torch.from_numpy(np.stack([uniforms(jobs[i], seed, n) for i in order], axis=1)).to(device)
+    guided = sampling.guided_tokens(n)
 
-    def drawn_BI() -> Tensor:
-        return torch.stack(image_ids, dim=1).cpu()[inverse]
+    logits, branches = _prefill(gpt, sorted(counts.items(), key=lambda item: (item[1], item[0])))
+    conditional = both = BranchedCache(branches)
+    if guided:  # the null condition is the empty text; one prefix of it serves all images
+        null_logits, branches = _prefill(gpt, [((), len(jobs))])
+        null = BranchedCache(branches)
+        both = BranchedCache([*conditional.branches, *null.branches])
 
+    image_BI = torch.empty(len(jobs), n, dtype=torch.long, device=device)
     for index in range(n):
-        if guided:
-            logits = guide(*logits.float().chunk(2), sampling.guidance)
-        drawn_B = draw(logits, uniform_IB[index], sampling)
-        image_ids.append(drawn_B)
+        if index in guided:
+            logits = guide(logits.float(), null_logits.float(), sampling.guidance)
+        image_BI[:, index] = draw(logits, uniform_IB[index], sampling)
         if index + 1 < n:
-            rows_B = drawn_B.repeat(2) if guided else drawn_B
-            logits = gpt.step(rows_B, index, started.real_BP, started.cache)
+            token_B1 = image_BI[:, index : index + 1]
+            if index + 1 not in guided:
+                logits = gpt.step(token_B1, conditional)
+            elif null.n_filled == conditional.n_filled:
+                logits, null_logits = gpt.step(token_B1.repeat(2, 1), both).chunk(2)
+            else:  # guidance begins: the null rows read all tokens so far at once
+                logits = gpt.step(token_B1, conditional)
+                null_logits = gpt.step(image_BI[:, : index + 1], null)
         if on_token:
             on_token(len(jobs))
         if on_partial:
-            on_partial(jobs, drawn_BI)
-    return drawn_BI()
+            on_partial(jobs, lambda n_drawn=index + 1: image_BI[:, :n_drawn].cpu()[inverse])
+    return image_BI.cpu()[inverse]
 
 
-def _start(gpt: GPT, texts: Sequence[tuple[int, ...]], guided: bool) -> _Started:
-    distinct = list(dict.fromkeys(texts))
-    counts = [texts.count(text) for text in distinct]
-    if guided:  # the null condition is the empty text; one row of it serves all images
-        distinct, counts = [*distinct, ()], [*counts, len(texts)]
-    text = pad_texts([list(text) for text in distinct], gpt.layout.config.text_length)
-    device = gpt.embedding.weight.device
-    prefix = gpt.layout.text_prefix(type(text)(*(t.to(device) for t in text)))
-    logits, cache = gpt.prefill(prefix, gpt.layout.prefix_length)
-    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
-    return _Started(logits[rows], cache.repeat(counts, gpt.layout.length - 1), prefix.real_BL[rows])
+def _prefill(gpt: GPT, texts: Sequence[tuple[tuple[int, ...], int]]) -> _Prefilled:
+    """Read each text once for as many images as stand beside it; equal numbers stand together."""
+    logits, branches = [], []
+    for n_each, group in groupby(texts, key=lambda item: item[1]):
+        ids = [list(text) for text, _ in group]
+        # padded to the longest of them only: what is not there costs nothing in any step
+        longest = min(max(1, *map(len, ids)), gpt.layout.config.text_length)
+        text = TextBatch(*(t.to(gpt.embedding.weight.device) for t in pad_texts(ids, longest)))
+        prefix = gpt.layout.text_prefix(text)
+        logits_BV, cache = gpt.prefill(prefix)
+        logits.append(logits_BV.repeat_interleave(n_each, dim=0))
+        branches.append(Branches(cache, prefix.real_BL, n_each, gpt.layout.image_length - 1))
+    return _Prefilled(torch.cat(logits), branches)

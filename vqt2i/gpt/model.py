@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vqt2i.config import Config
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
-from vqt2i.nn.transformer import KVCache, Rotary, Transformer, TransformerConfig
+from vqt2i.nn.cache import BranchedCache, PrefixCache
+from vqt2i.nn.transformer import Rotary, Transformer, TransformerConfig
 
 EMBEDDING_STD = 0.02  # GPT-2's
 
@@ -85,8 +86,8 @@ class GPT(nn.Module):
         """Scores of the image ids, (B, L, n_image_ids)."""
         return self.head(hidden_BLD, slice(self.layout.first_image_id, None))
 
-    def prefill(self, prefix: Sequences, length: int) -> tuple[Tensor, KVCache]:
-        """Read a prefix (`layout.text_prefix`) into a new cache of `length` positions.
+    def prefill(self, prefix: Sequences) -> tuple[Tensor, PrefixCache]:
+        """Read a prefix (`layout.text_prefix`) into a new cache.
 
         Returns the image logits after it, (B, n_image_ids), and the cache.
         """
@@ -95,24 +96,19 @@ class GPT(nn.Module):
         device = x_BLD.device
         on = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if on else x_BLD.dtype
-        cache = KVCache(self.config.transformer, len(x_BLD), length, device, dtype)
+        cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], device, dtype)
         hidden = self.transformer(
             x_BLD, mask_B1LK=prefix.causal_mask(), causal=True, cos_sin=cos_sin, cache=cache
         )
         return self.image_logits(hidden[:, -1]), cache
 
-    def step(self, image_B: Tensor, index: int, real_BP: Tensor, cache: KVCache) -> Tensor:
-        """Append image token number `index` (codes from 0) and return the logits of the next, (B, n_image_ids).
+    def step(self, image_BI: Tensor, cache: BranchedCache) -> Tensor:
+        """Append the next image tokens (codes from 0) to every row; the logits after the last, (B, n_image_ids).
 
-        Args:
-            real_BP: `real` of the prefix in the cache, (B, prefix_length); what follows it is all real.
+        One token or several: the tokens are those that follow the cache's `n_filled`.
         """
-        part = self.layout.image_part(image_B[:, None])
-        width = self.config.layout.grid_width
-        at = torch.tensor([0, index // width + 1, index % width + 1], device=image_B.device)
-        x_BLD, cos_sin = self._embed(part._replace(positions_BLA=at.expand(len(image_B), 1, 3)))
-        mask_BK = F.pad(real_BP, (0, cache.n_filled + 1 - real_BP.shape[1]), value=True)
-        hidden = self.transformer(x_BLD, mask_B1LK=mask_BK[:, None, None], cos_sin=cos_sin, cache=cache)
+        x_BLD, cos_sin = self._embed(self.layout.image_part(image_BI, cache.n_filled))
+        hidden = self.transformer(x_BLD, cos_sin=cos_sin, cache=cache)
         return self.image_logits(hidden[:, -1])
 
     def _embed(self, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

@@ -115,8 +115,11 @@ class SequenceLayout:
         return self.prefix_length + self.image_length
 
     def text_prefix(self, text: TextBatch) -> Sequences:
-        """PAD … T2I text EOT BOI: what stands before the image in the order text → image; length `prefix_length`."""
-        S, n_B1 = self.config.text_length, text.n_ids_B[:, None]
+        """PAD … T2I text EOT BOI: what stands before the image in the order text → image.
+
+        Its length is S + 3: `prefix_length` for texts padded to `text_length`; decoding pads them less.
+        """
+        S, n_B1 = text.ids_BS.shape[1], text.n_ids_B[:, None]
         slot_1L = torch.arange(S + 2, device=text.ids_BS.device)[None]
         order_BL = slot_1L - (S - n_B1)  # 0 at T2I, 1..n in the text, n + 1 at EOT, negative in the padding
         inner = torch.gather(text.ids_BS, 1, (order_BL - 1).clamp(0, S - 1))
@@ -128,10 +131,10 @@ class SequenceLayout:
         real = torch.cat((order_BL >= 0, torch.ones_like(boi, dtype=torch.bool)), dim=1)
         return Sequences(torch.cat((ids, boi), dim=1), positions, real)
 
-    def image_part(self, image_BI: Tensor) -> Sequences:
-        """Image codes (from 0) as sequence ids with their positions; fewer than `image_length` are allowed."""
+    def image_part(self, image_BI: Tensor, first: int = 0) -> Sequences:
+        """Image codes (from 0), number `first` and those after it, as sequence ids with their positions."""
         n = image_BI.shape[1]
-        index = torch.arange(n, device=image_BI.device)
+        index = torch.arange(first, first + n, device=image_BI.device)
         width = self.config.grid_width
         coordinates = torch.stack((torch.zeros_like(index), index // width + 1, index % width + 1), dim=-1)
         positions = coordinates.expand(image_BI.shape[0], n, 3)

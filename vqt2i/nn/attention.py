@@ -1,19 +1,63 @@
-"""Causal attention for bf16 on CPUs, in blocks of queries.
+"""Attention: of sequences, of causal ones in bf16 on CPUs, of rows that share a prefix.
 
-PyTorch's CPU kernel multiplies bf16 slowly where the CPU has no AMX, and computes whole rows of scores, hidden or not.
-Here a block of queries is multiplied with the keys that it can see, in fp32, and the probabilities are computed again
-for the backward pass as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, §3.1), so that memory stays linear in L.
-Forward and backward pass of 4 x 12 heads at 376 positions on one thread of an AVX512-BF16 Xeon: 58 ms instead of 119.
-In fp32 PyTorch's is as fast: 63 ms against 53 on one thread, 37 against 38 on two.
+For bf16 PyTorch's CPU kernel is slow where the CPU has no AMX, and computes whole rows of scores, hidden or not. Here a
+block of queries is multiplied with the keys that it can see, in fp32, and the probabilities are computed again for the
+backward pass as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, §3.1), so that memory stays linear in L. Forward
+and backward pass of 4 x 12 heads at 376 positions on one thread of an AVX512-BF16 Xeon: 58 ms instead of 119. In fp32
+PyTorch's is as fast: 63 ms against 53 on one thread, 37 against 38 on two.
 
-B batch, N heads, L sequence, H head width
+B batch, G prefixes, N heads, L sequence (queries), K keys, P prefix length, S length after the prefix, H head width
 """
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BLOCK = 64  # queries; of 48, 64, 96 and 128 the fastest for 98, 160 and 376 positions, one thread of an AVX512 CPU
+
+
+def attention(
+    q_BNLH: Tensor, k_BNKH: Tensor, v_BNKH: Tensor, mask_B1LK: Tensor | None, *, causal: bool, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q kᵀ / √H) v, for a mask (bool, true where a query may look); every query must see at least one key.
+
+    Args:
+        causal: whether the mask is square and hides every later position, so that kernels may leave those out.
+    """
+    if causal and q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16 and not dropout:
+        return causal_attention(q_BNLH, k_BNKH, v_BNKH, mask_B1LK)
+    return F.scaled_dot_product_attention(q_BNLH, k_BNKH, v_BNKH, attn_mask=mask_B1LK, dropout_p=dropout)
+
+
+def attention_after_prefix(
+    q_BNLH: Tensor, k_GNPH: Tensor, v_GNPH: Tensor, hidden_GP: Tensor | None, k_BNSH: Tensor, v_BNSH: Tensor
+) -> Tensor:
+    """Causal attention of rows that share prefixes, B / G rows side by side for each.
+
+    One softmax over a row's prefix and its own positions, of which the queries are the last L. The queries of a
+    prefix's rows are stacked, so that its keys and values are read once for all of them. The dtype of q is kept, the
+    computation is in that of the keys.
+
+    Args:
+        hidden_GP: true for the padding of the prefixes; None if there is none.
+    """
+    n_prefixes, n_queries, n_own = len(k_GNPH), q_BNLH.shape[2], k_BNSH.shape[2]
+    stack, unstack = "(g c) n l x -> g n (c l) x", "g n (c l) x -> (g c) n l x"
+    with torch.autocast(q_BNLH.device.type, enabled=False):
+        q = q_BNLH.to(k_BNSH.dtype) * q_BNLH.shape[-1] ** -0.5
+        shared = rearrange(q, stack, g=n_prefixes) @ k_GNPH.mT
+        if hidden_GP is not None:
+            shared.masked_fill_(hidden_GP[:, None, None], -torch.inf)
+        own = q @ k_BNSH.mT
+        if n_queries > 1:
+            seen_LS = torch.ones(n_queries, n_own, dtype=torch.bool, device=q.device).tril(n_own - n_queries)
+            own.masked_fill_(~seen_LS, -torch.inf)
+        scores = torch.cat((rearrange(shared, unstack, l=n_queries), own), dim=-1)
+        shared, own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((k_GNPH.shape[2], n_own), dim=-1)
+        y = rearrange(rearrange(shared, stack, g=n_prefixes) @ v_GNPH, unstack, l=n_queries) + own @ v_BNSH
+    return y.to(q_BNLH.dtype)
 
 
 @torch.library.custom_op("vqt2i::causal_attention", mutates_args=())

@@ -1,4 +1,4 @@
-"""Transformer parts shared by the GPT and the scorer: pre-norm blocks, SwiGLU, qk-norm, rotary positions, KV cache.
+"""Transformer parts shared by the GPT and the scorer: pre-norm blocks, SwiGLU, qk-norm, rotary positions.
 
 B batch, L sequence (queries), K keys, D width, N heads, H head width, A axes of a position
 """
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqt2i.config import Config
-from vqt2i.nn.attention import causal_attention
+from vqt2i.nn.attention import attention
+from vqt2i.nn.cache import BranchedCache, PrefixCache
 
 
 class TransformerConfig(Config):
@@ -36,35 +37,6 @@ class TransformerConfig(Config):
     @property
     def head_width(self) -> int:
         return self.width // self.n_heads
-
-
-class KVCache:
-    """Keys and values of every layer for up to `length` positions; `n_filled` positions are valid.
-
-    Written in place by `Attention`, `n_filled` advanced by `Transformer`: the only state that generation mutates.
-    """
-
-    def __init__(self, config: TransformerConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layers, 2, batch, config.n_heads, length, config.head_width)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.n_filled = 0
-
-    def append(self, layer: int, k_BNLH: Tensor, v_BNLH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values of one layer; returns all valid ones, (B, N, n_filled + L, H) each."""
-        end = self.n_filled + k_BNLH.shape[2]
-        self.kv[layer, 0, :, :, self.n_filled : end] = k_BNLH
-        self.kv[layer, 1, :, :, self.n_filled : end] = v_BNLH
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
-
-    def repeat(self, counts: Sequence[int], length: int) -> "KVCache":
-        """A cache for `length` positions in which row i of this one stands `counts[i]` times in a row."""
-        rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.kv.device)
-        copy = object.__new__(KVCache)
-        n_layers, _, _, n_heads, _, head_width = self.kv.shape
-        copy.kv = self.kv.new_zeros(n_layers, 2, len(rows), n_heads, length, head_width)
-        copy.kv[..., : self.n_filled, :] = self.kv[:, :, rows, :, : self.n_filled]
-        copy.n_filled = self.n_filled
-        return copy
 
 
 class Rotary(nn.Module):
@@ -121,7 +93,7 @@ class Attention(nn.Module):
         mask_B1LK: Tensor | None,
         causal: bool = False,
         cos_sin: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None,
+        cache: PrefixCache | BranchedCache | None,
     ) -> Tensor:
         qkv = self.qkv(x_BLD)
         q, k, v = rearrange(qkv, "b l (three n h) -> three b n l h", three=3, n=self.n_heads)
@@ -129,13 +101,10 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if cos_sin is not None:
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout:
-            y = causal_attention(q, k, v, mask_B1LK)
+        if cache is None:
+            y = attention(q, k, v, mask_B1LK, causal=causal, dropout=self.dropout if self.training else 0.0)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1LK, dropout_p=dropout)
+            y = cache.attend(self.layer, q, k, v, mask_B1LK, causal=causal)
         return self.out(rearrange(y, "b n l h -> b l (n h)"))
 
 
@@ -199,12 +168,13 @@ class Transformer(nn.Module):
         mask_B1LK: Tensor | None = None,
         causal: bool = False,
         cos_sin: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
+        cache: PrefixCache | BranchedCache | None = None,
     ) -> Tensor:
         """Hidden states (B, L, D) after the last norm.
 
         Args:
-            mask_B1LK: bool, true where a query may look; every query must see at least one key.
+            mask_B1LK: bool, true where a query may look; every query must see at least one key. A `BranchedCache` has
+                its own and takes None.
             causal: whether the mask is square and hides every later position, so that kernels may leave those out.
         """
         attention = {"mask_B1LK": mask_B1LK, "causal": causal, "cos_sin": cos_sin, "cache": cache}
@@ -214,5 +184,5 @@ class Transformer(nn.Module):
             else:
                 x_BLD = block(x_BLD, **attention)
         if cache is not None:
-            cache.n_filled += x_BLD.shape[1]
+            cache.advance(x_BLD.shape[1])
         return self.norm(x_BLD)

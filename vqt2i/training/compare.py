@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vqt2i.errors import ConfigError
-from vqt2i.gpt import GPT, GPTConfig, LossWeights, gpt_loss
+from vqt2i.gpt import GPT, GPTConfig, LossWeights, SequenceLayout, gpt_loss
 from vqt2i.runtime import Precision, matmul_rate
 from vqt2i.text import TextBatch
 from vqt2i.training.compiled import compile_for_training
@@ -210,21 +210,28 @@ def _gpt_step(
 def _llama_step(
     config: GPTConfig, batch_size: int, device: torch.device
 ) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    with device:
+        other = llama(config, use_cache=False)
+        ids_BL = torch.randint(other.config.vocab_size, (batch_size, other.config.max_position_embeddings - 1))
+    return other.train(), lambda: other(input_ids=ids_BL, labels=ids_BL).loss
+
+
+def llama(config: GPTConfig, *, use_cache: bool) -> nn.Module:
+    """The Llama in `transformers` with the width, depth, heads, MLP, number of ids and sequence length of a GPT.
+
+    Raises:
+        ConfigError: `transformers` is not installed.
+    """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise ConfigError("benchmark train compares with `transformers`, which is not installed; "
+        raise ConfigError("this benchmark compares with `transformers`, which is not installed; "
                           "pip install 'vqt2i[benchmark]'") from error  # fmt: skip
-    with torch.device("meta"):
-        layout = GPT(config).layout
-    size = config.transformer
-    with device:
-        llama = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=layout.n_ids, max_position_embeddings=layout.length, hidden_size=size.width,
-                intermediate_size=size.mlp_width, num_hidden_layers=size.n_layers, num_attention_heads=size.n_heads,
-                tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
-            )
-        )  # fmt: skip
-        ids_BL = torch.randint(layout.n_ids, (batch_size, layout.length - 1))
-    return llama.train(), lambda: llama(input_ids=ids_BL, labels=ids_BL).loss
+    layout, size = SequenceLayout(config.layout), config.transformer
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=layout.n_ids, max_position_embeddings=layout.length, hidden_size=size.width,
+            intermediate_size=size.mlp_width, num_hidden_layers=size.n_layers, num_attention_heads=size.n_heads,
+            tie_word_embeddings=False, use_cache=use_cache, attn_implementation="sdpa",
+        )
+    )  # fmt: skip
