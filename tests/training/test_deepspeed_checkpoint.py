@@ -125,7 +125,6 @@ def train_phase(phase: str, folder: Path, settings: list[str]) -> None:
     """One start of each kind of run; a rank of its own in every process that comes here."""
     torch.set_num_threads(1)
     n_ranks, origin = PHASES[phase]
-    first = "LOCAL_RANK" not in os.environ
 
     def save(path: Path, model: torch.nn.Module, config: object, card: dict) -> str:
         save_model(folder / "exports" / f"{phase}-{path.parent.name}-{card['steps']}", model, config, card)
@@ -133,15 +132,14 @@ def train_phase(phase: str, folder: Path, settings: list[str]) -> None:
 
     training_run.save_model = save
     GPTModule.sample_images = None  # pictures take longer than the rest
+    if origin is not None and "LOCAL_RANK" not in os.environ:  # of all kinds, for a further rank may be ahead
+        for kind in KINDS:
+            shutil.copytree(folder / origin[0] / kind, folder / phase / kind)
+            for later in checkpoints_in(folder / phase / kind):
+                if step_of(later) > origin[1]:
+                    shutil.rmtree(later) if later.is_dir() else later.unlink()
     for kind, more in KINDS.items():
-        resume: Resume = "never"
-        if origin is not None:
-            resume = checkpoint_path(folder / phase / kind, origin[1])
-            if first:
-                shutil.copytree(folder / origin[0] / kind, folder / phase / kind)
-                for later in checkpoints_in(folder / phase / kind):
-                    if step_of(later) > origin[1]:
-                        shutil.rmtree(later) if later.is_dir() else later.unlink()
+        resume: Resume = "never" if origin is None else checkpoint_path(folder / phase / kind, origin[1])
         config = load_config(GPTRunConfig, None, [*settings, *more, f"name={kind}", f"trainer.devices={n_ranks}"])
         vq = load_model(config.image_tokenizer, ImageTokenizerConfig, ImageTokenizer)
         deepspeed = kind != "plain"
