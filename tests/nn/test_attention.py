@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from vqt2i.nn.attention import BLOCK, causal_attention
 
@@ -38,4 +38,4 @@ def test_bf16_is_rounded_at_the_end_only(autocast: bool) -> None:
 
 def test_it_follows_pytorchs_rules_for_operators() -> None:
     qkv, mask = inputs(BLOCK + 1)
-    torch.library.opcheck(causal_attention, (*qkv, mask))
+    library.opcheck(causal_attention, (*qkv, mask))

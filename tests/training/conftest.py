@@ -19,6 +19,22 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 TRANSFORMER = "{width: 32, n_layers: 2, n_heads: 2, mlp_width: 48}"
 TRAINER = "{max_steps: 10, batch_size: 8, validate_every_steps: 5, n_validation_samples: 7, precision: fp32}"
 OPTIMIZER = "{learning_rate: 0.005, warmup_steps: 2}"
+UNTRAINED_GPT = f"""\
+name: tiny
+data: {{path: nowhere}}
+image_tokenizer: nowhere
+sizes: {{n_text_ids: 40, n_image_ids: 30, grid_height: 3, grid_width: 3}}
+text_length: 5
+transformer: {TRANSFORMER}
+"""
+
+
+@pytest.fixture
+def untrained_gpt(tmp_path: Path) -> Path:
+    """The configuration file of a tiny GPT, for benchmarks: it has sizes, and neither data nor tokenizers."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(UNTRAINED_GPT)
+    return path
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """That what is timed is what is said; how fast it is no test says."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -8,14 +10,6 @@ from vqt2i.cli import main
 from vqt2i.training import compare
 from vqt2i.training.compare import Timing, time_in_turns
 
-TINY_GPT = """\
-name: tiny
-data: {path: nowhere}
-image_tokenizer: nowhere
-sizes: {n_text_ids: 40, n_image_ids: 30, grid_height: 3, grid_width: 3}
-text_length: 5
-transformer: {width: 32, n_layers: 2, n_heads: 2, mlp_width: 48}
-"""
 TINY_VQ = """\
 name: tiny
 model: {architecture: taming, image_size_px: 16, downsample: 2, patch_px: 1, channels: [64, 64], n_res_blocks: 1,
@@ -35,7 +29,7 @@ def test_a_ratio_is_that_of_a_round() -> None:
     assert Timing([1.0, 2.0, 4.0]).times_as_fast_as(Timing([2.0, 6.0, 4.0])) == (2.0, 1.0, 3.0)
 
 
-def test_benchmark_train_prints_both_models_and_their_ratio(tmp_path, capsys, monkeypatch) -> None:
+def test_benchmark_train_prints_both_models_and_their_ratio(untrained_gpt, capsys, monkeypatch) -> None:
     sizes = {}
 
     def remember(model: nn.Module, *args, **kwargs) -> torch.optim.Optimizer:
@@ -43,8 +37,7 @@ def test_benchmark_train_prints_both_models_and_their_ratio(tmp_path, capsys, mo
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
     monkeypatch.setattr(compare, "build_adamw", remember)
-    (tmp_path / "tiny.yaml").write_text(TINY_GPT)
-    command = ["benchmark", "train", "--config", str(tmp_path / "tiny.yaml"), "--rounds", "1", "--no-compile"]
+    command = ["benchmark", "train", "--config", str(untrained_gpt), "--rounds", "1", "--no-compile"]
     assert main([*command, "--batch-size", "2", "--precision", "bf16", "--text-ids", "50"]) == 0
     out = capsys.readouterr().out
     assert "50 text and 30 image ids, 5 + 9 tokens, batches of 2" in out
@@ -67,8 +60,9 @@ def test_benchmark_vqgan_prints_images_a_second(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     "part, package", [("train", "transformers"), ("generate", "transformers"), ("vqgan", "diffusers")]
 )
-def test_without_the_other_project_what_to_install_is_told(part, package, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    (tmp_path / "tiny.yaml").write_text(TINY_VQ if part == "vqgan" else TINY_GPT)
-    assert main(["benchmark", part, "--config", str(tmp_path / "tiny.yaml")]) == 2
+def test_without_the_other_project_what_to_install_is_told(part, package, untrained_gpt, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    if part == "vqgan":
+        untrained_gpt.write_text(TINY_VQ)
+    assert main(["benchmark", part, "--config", str(untrained_gpt)]) == 2
     assert f"{package}`, which is not installed; pip install 'vqt2i[benchmark]'" in capsys.readouterr().err

@@ -8,15 +8,6 @@ from vqt2i.gpt import GPT
 from vqt2i.training.compare import llama
 from vqt2i.training.compare_decoding import _least_seconds, _our_decoding, _their_decoding
 
-TINY_GPT = """\
-name: tiny
-data: {path: nowhere}
-image_tokenizer: nowhere
-sizes: {n_text_ids: 40, n_image_ids: 30, grid_height: 3, grid_width: 3}
-text_length: 5
-transformer: {width: 32, n_layers: 2, n_heads: 2, mlp_width: 48}
-"""
-
 
 @pytest.mark.parametrize("guided", [False, True])
 @torch.no_grad()
@@ -45,9 +36,8 @@ def test_the_least_time_is_that_of_the_weights_or_of_the_products(make_gpt, monk
     assert many == pytest.approx(2 * blocks * 8 / 1e12 + 5 * 2 * step * 20_000 / 1e12)
 
 
-def test_benchmark_generate_prints_both_and_their_ratio(tmp_path, capsys) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY_GPT)
-    command = ["benchmark", "generate", "--config", str(tmp_path / "tiny.yaml"), "--rounds", "1", "--tokens", "4"]
+def test_benchmark_generate_prints_both_and_their_ratio(untrained_gpt, capsys) -> None:
+    command = ["benchmark", "generate", "--config", str(untrained_gpt), "--rounds", "1", "--tokens", "4"]
     assert main([*command, "--images", "1", "2"]) == 0
     out = capsys.readouterr().out
     assert "30 image ids, 5 + 4 tokens" in out and "memory is read at" in out
@@ -56,9 +46,8 @@ def test_benchmark_generate_prints_both_and_their_ratio(tmp_path, capsys) -> Non
     assert out.count("vqt2i : transformers = ") == 8 and out.count("images/s") == 8
 
 
-def test_benchmark_generate_in_int8_states_no_rate_of_products(tmp_path, capsys) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY_GPT)
-    command = ["benchmark", "generate", "--config", str(tmp_path / "tiny.yaml"), "--rounds", "1", "--precision", "int8"]
+def test_benchmark_generate_in_int8_states_no_rate_of_products(untrained_gpt, capsys) -> None:
+    command = ["benchmark", "generate", "--config", str(untrained_gpt), "--rounds", "1", "--precision", "int8"]
     assert main([*command, "--images", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count("int8, 2 images") == 2 and "products" not in out

@@ -1,5 +1,6 @@
 """Pixel conventions, here and nowhere else: models see float CHW in [-1, 1], files and people see uint8 HWC RGB."""
 
+from io import BytesIO
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,13 @@ def to_uint8(x_3HW: Tensor) -> np.ndarray:
     """float (..., 3, H, W) in [-1, 1] (clamped) to uint8 (..., H, W, 3), rounded to nearest."""
     x = x_3HW.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return x.movedim(-3, -1).contiguous().cpu().numpy()
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as the content of a PNG file."""
+    buffer = BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def fit_square(image_HW3: np.ndarray, size_px: int) -> np.ndarray:

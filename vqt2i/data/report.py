@@ -8,13 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from vqt2i.data.images import png_bytes
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSpec
 from vqt2i.data.sources import Rejection
@@ -249,9 +249,7 @@ def _thumbnail(image_HW3: np.ndarray) -> np.ndarray:
 
 
 def _data_uri(image_HW3: np.ndarray) -> str:
-    buffer = BytesIO()
-    Image.fromarray(image_HW3).save(buffer, "PNG")
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + b64encode(png_bytes(Image.fromarray(image_HW3))).decode()
 
 
 def _utf8(text: str) -> bytes:

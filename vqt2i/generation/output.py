@@ -4,7 +4,6 @@
 its candidates. `grid.png`, of more prompts than fit one `grid-000.png` and so on: the pictures with prompt and scores.
 """
 
-import io
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from vqt2i.data.images import png_bytes
 from vqt2i.errors import UserError
 from vqt2i.files import require_free, write_atomic, write_json
 from vqt2i.generation.pipeline import Preview, Sample
@@ -165,13 +165,6 @@ def write_picture(path: Path, sample: Sample, request: Request) -> None:
     info = PngInfo()
     info.add_itxt("vqt2i", json.dumps(facts, ensure_ascii=False))
     sample.image.save(path, pnginfo=info)
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as the content of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
 
 
 def labelled_grid(folder: Path, records: Sequence[dict[str, Any]]) -> Image.Image:

@@ -1,6 +1,5 @@
 """`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor
 from vqt2i.checkpoint import load_model, require_same
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import Config, load_config
-from vqt2i.data.images import to_uint8
+from vqt2i.data.images import png_bytes, to_uint8
 from vqt2i.errors import CheckpointError, PromptError
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
@@ -62,9 +61,7 @@ class Sample:
         return Image.fromarray(self.image_HW3)
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.image.save(buffer, "png")
-        return buffer.getvalue()
+        return png_bytes(self.image)
 
 
 class Preview(NamedTuple):

@@ -12,7 +12,7 @@ B batch, G prefixes, N heads, L sequence (queries), K keys, P prefix length, S l
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 BLOCK = 64  # queries; of 48, 64, 96 and 128 the fastest for 98, 160 and 376 positions, one thread of an AVX512 CPU
@@ -60,7 +60,7 @@ def attention_after_prefix(
     return y.to(q_BNLH.dtype)
 
 
-@torch.library.custom_op("vqt2i::causal_attention", mutates_args=())
+@library.custom_op("vqt2i::causal_attention", mutates_args=())
 def causal_attention(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, mask_B1LL: Tensor) -> Tensor:
     """softmax(q kᵀ / √H) v, for a mask (bool, true where a query may look) that hides every later position.
 
@@ -76,7 +76,7 @@ def causal_attention(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, mask_B1LL: 
     return out.view(q_BNLH.shape).to(q_BNLH.dtype)
 
 
-@torch.library.custom_op("vqt2i::causal_attention_backward", mutates_args=())
+@library.custom_op("vqt2i::causal_attention_backward", mutates_args=())
 def _backward(
     grad_BNLH: Tensor, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, mask_B1LL: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,8 +102,8 @@ def _rows(x_BNLH: Tensor) -> Tensor:
 
 def _blocks(length: int) -> list[tuple[slice, slice]]:
     """Blocks of queries, each with the keys up to its last query."""
-    ends = [min(start + BLOCK, length) for start in range(0, length, BLOCK)]
-    return [(slice(start, end), slice(0, end)) for start, end in zip([0, *ends], ends, strict=False)]
+    starts = range(0, length, BLOCK)
+    return [(slice(start, min(start + BLOCK, length)), slice(0, min(start + BLOCK, length))) for start in starts]
 
 
 def _probabilities(q: Tensor, k: Tensor, hidden_B1QK: Tensor) -> Tensor:
