@@ -77,7 +77,7 @@ def _decode_batch(
     on_token: Callable[[int], None] | None,
     on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None,
 ) -> Tensor:
-    n, device = gpt.layout.image_length, gpt.embedding.weight.device
+    n, device = gpt.layout.image_length, gpt.device
     # images of one text stand together, and texts of equally many images, so that they share prefixes and products
     counts = Counter(job.text_ids for job in jobs)
     order = sorted(range(len(jobs)), key=lambda i: (counts[jobs[i].text_ids], jobs[i].text_ids))
@@ -100,12 +100,12 @@ def _decode_batch(
         if index + 1 < n:
             token_B1 = image_BI[:, index : index + 1]
             if index + 1 not in guided:
-                logits = gpt.step(token_B1, conditional)
+                logits = gpt.step(token_B1, conditional)[:, -1]
             elif null.n_filled == conditional.n_filled:
-                logits, null_logits = gpt.step(token_B1.repeat(2, 1), both).chunk(2)
+                logits, null_logits = gpt.step(token_B1.repeat(2, 1), both)[:, -1].chunk(2)
             else:  # guidance begins: the null rows read all tokens so far at once
-                logits = gpt.step(token_B1, conditional)
-                null_logits = gpt.step(image_BI[:, : index + 1], null)
+                logits = gpt.step(token_B1, conditional)[:, -1]
+                null_logits = gpt.step(image_BI[:, : index + 1], null)[:, -1]
         if on_token:
             on_token(len(jobs))
         if on_partial:
@@ -120,7 +120,7 @@ def _prefill(gpt: GPT, texts: Sequence[tuple[tuple[int, ...], int]]) -> _Prefill
         ids = [list(text) for text, _ in group]
         # padded to the longest of them only: what is not there costs nothing in any step
         longest = min(max(1, *map(len, ids)), gpt.layout.config.text_length)
-        text = TextBatch(*(t.to(gpt.embedding.weight.device) for t in pad_texts(ids, longest)))
+        text = TextBatch(*(t.to(gpt.device) for t in pad_texts(ids, longest)))
         prefix = gpt.layout.text_prefix(text)
         logits_BV, cache = gpt.prefill(prefix)
         logits.append(logits_BV.repeat_interleave(n_each, dim=0))

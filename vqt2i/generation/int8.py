@@ -64,7 +64,7 @@ def to_int8(gpt: GPT) -> GPT:
     Raises:
         ConfigError: the model is not on a CPU, or this CPU has no kernels for it.
     """
-    device, engine = gpt.embedding.weight.device, torch.backends.quantized.engine
+    device, engine = gpt.device, torch.backends.quantized.engine
     if device.type != "cpu":
         raise ConfigError(f"precision int8: the model is on {device}, expected cpu; decode in fp32 or bf16 there")
     if engine not in ("x86", "fbgemm"):

@@ -31,7 +31,7 @@ def clip_scores(clip: CLIP, image_B3HW: Tensor, texts: Sequence[Sequence[int]]) 
 def caption_scores(gpt: GPT, image_ids_BHW: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
     """log p(text | image) per token in nats, (B,)."""
     text = pad_texts([list(t) for t in texts], gpt.layout.config.text_length)
-    device = gpt.embedding.weight.device
+    device = gpt.device
     return caption_log_probability(
         gpt, type(text)(*(t.to(device) for t in text)), image_ids_BHW.flatten(1).to(device)
     ).cpu()

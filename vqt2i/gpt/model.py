@@ -73,6 +73,11 @@ class GPT(nn.Module):
         for weight, std in ((self.embedding.weight, EMBEDDING_STD), (self.head.weight, width**-0.5)):
             weight[first : first + n_codes] = unit_KD @ torch.randn(code_width, width) * std
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
     def forward(self, sequences: Sequences) -> Tensor:
         """Last hidden states (B, L, D) of whole sequences; `text_logits` and `image_logits` score slices of them."""
         x_BLD, cos_sin = self._embed(sequences)
@@ -102,14 +107,16 @@ class GPT(nn.Module):
         )
         return self.image_logits(hidden[:, -1]), cache
 
-    def step(self, image_BI: Tensor, cache: BranchedCache) -> Tensor:
-        """Append the next image tokens (codes from 0) to every row; the logits after the last, (B, n_image_ids).
+    def step(self, image_BI: Tensor, cache: BranchedCache, n_scored: int = 1) -> Tensor:
+        """Append the next image tokens (codes from 0) to every row.
 
         One token or several: the tokens are those that follow the cache's `n_filled`.
+
+        Returns the logits after each of the last `n_scored` of them, (B, n_scored, n_image_ids).
         """
         x_BLD, cos_sin = self._embed(self.layout.image_part(image_BI, cache.n_filled))
         hidden = self.transformer(x_BLD, cos_sin=cos_sin, cache=cache)
-        return self.image_logits(hidden[:, -1])
+        return self.image_logits(hidden[:, -n_scored:])
 
     def _embed(self, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         x_BLD = self.embedding(sequences.ids_BL)

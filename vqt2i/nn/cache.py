@@ -97,3 +97,7 @@ class BranchedCache:
         """Count `n` positions, stored by every layer, as valid."""
         for branches in self.branches:
             branches.n_filled += n
+
+    def rewind(self, n: int) -> None:
+        """Forget the last `n` positions of every row."""
+        self.advance(-n)

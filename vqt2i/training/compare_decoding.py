@@ -67,7 +67,7 @@ def _our_decoding(gpt: GPT, n_images: int, guided: bool) -> Callable[[], Tensor]
 
 def _their_decoding(other: torch.nn.Module, gpt: GPT, n_images: int, guided: bool) -> Callable[[], Tensor]:
     n_rows, n_tokens = n_images * (1 + guided), gpt.layout.image_length
-    prefix_BP = torch.zeros(n_rows, gpt.layout.prefix_length, dtype=torch.long, device=gpt.embedding.weight.device)
+    prefix_BP = torch.zeros(n_rows, gpt.layout.prefix_length, dtype=torch.long, device=gpt.device)
 
     def guide_rows(ids_BL: Tensor, logits_BV: Tensor) -> Tensor:
         conditional, null = logits_BV.chunk(2)
@@ -88,6 +88,6 @@ def _least_seconds(gpt: GPT, n_images: int, guided: bool, flop_rate: float, weig
     """What reading the weights once a step, or multiplying all rows with them, takes at least; attention left out."""
     blocks = sum(p.numel() for p in gpt.transformer.parameters())
     step = blocks + gpt.config.transformer.width * gpt.layout.config.n_image_ids
-    bandwidth, n_rows = memory_bandwidth(gpt.embedding.weight.device.type), n_images * (1 + guided)
+    bandwidth, n_rows = memory_bandwidth(gpt.device.type), n_images * (1 + guided)
     per_step = max(step * weight_bytes / bandwidth, 2 * step * n_rows / flop_rate)
     return 2 * blocks * gpt.layout.prefix_length / flop_rate + per_step * (gpt.layout.image_length - 1)
