@@ -105,6 +105,8 @@ class GPT(nn.Module):
         hidden = self.transformer(
             x_BLD, mask_B1LK=prefix.causal_mask(), causal=True, cos_sin=cos_sin, cache=cache
         )
+        if device.type == "cpu":  # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
+            cache.kv = cache.kv.float()
         return self.image_logits(hidden[:, -1]), cache
 
     def step(self, image_BI: Tensor, cache: BranchedCache, n_scored: int = 1) -> Tensor:

@@ -58,9 +58,7 @@ class Branches:
         n_layers, _, n_prefixes, n_heads, _, head_width = prefix.kv.shape
         self.n_rows = n_prefixes * n_each
         self.n_filled = 0
-        # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
-        dtype = torch.float32 if prefix.kv.device.type == "cpu" else prefix.kv.dtype
-        self.prefix_kv = prefix.kv[..., : prefix.n_filled, :].to(dtype)
+        self.prefix_kv = prefix.kv[..., : prefix.n_filled, :]
         self.hidden_GP = None if real_GP.all() else ~real_GP
         self.kv = self.prefix_kv.new_zeros(n_layers, 2, self.n_rows, n_heads, length, head_width)
 

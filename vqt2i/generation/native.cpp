@@ -1,0 +1,471 @@
+// One decoding step of a GPT on a CPU: all its operations in one call, as native.py lists them.
+//
+// A row is one position of one sequence. Rows of several positions each (reading a picture so far, Jacobi windows) stand
+// sequence by sequence. Activations are fp32. A product reads its matrix once for all rows: outputs lie along the lanes
+// of a vector, a word (1 fp32, 2 bf16 or 4 8-bit numbers) of each row is broadcast to them. Every number is summed in the
+// same order whatever rows stand beside it, so a row's result does not depend on its neighbours, bit by bit.
+//
+// Vectors are those of GCC and Clang, which make any instruction set of them; the two products that need more than that
+// to be fast have an AVX-512 version.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#include <sched.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16, PANEL = 4;  // outputs of a vector, vectors of a panel
+constexpr int WIDTH = LANES * PANEL;  // outputs of a panel
+#if defined(__AVX512F__)
+constexpr int TILE = 6;  // rows at once: 6 x 4 sums, 4 weights and a broadcast fill 32 registers
+#else
+constexpr int TILE = 2;
+#endif
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+
+template <class V, class T> inline V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class V, class T> inline void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
+inline floats as_floats(words v) { return (floats)v; }
+inline float as_float(uint32_t word) {
+  float x;
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+inline uint32_t as_word(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  return word;
+}
+inline uint16_t to_bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t word = as_word(x);
+  if ((word & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+inline float sum(floats v) {
+  v += __builtin_shuffle(v, ints{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+  v += __builtin_shuffle(v, ints{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+  v += __builtin_shuffle(v, ints{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+  return v[0] + v[1];
+}
+
+// e^x to about 1e-7 of itself, for x <= 88; below -87 it is 0. By 2^n e^r, |r| <= ln 2 / 2, and Taylor's series of e^r.
+inline floats exponential(floats x) {
+  const floats magic = floats{} + 12582912.0f;  // adding it rounds to whole numbers
+  floats capped = x < 88.0f ? x : floats{} + 88.0f;
+  floats n = (capped * 1.44269504088896341f + magic) - magic;
+  floats r = capped - n * 0.693359375f + n * 2.12194440e-4f;
+  floats y = floats{} + 1.0f / 5040;
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  ints exponent = __builtin_convertvector(n, ints) + 127;
+  floats scaled = y * (floats)(exponent << 23);
+  return x < -87.0f ? floats{} : scaled;
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+struct Fp32 {
+  typedef floats Sum;
+  static inline Sum add(Sum sum, uint32_t x, words w) { return sum + as_float(x) * as_floats(w); }
+};
+
+struct Bf16 {
+  typedef floats Sum;
+  static inline Sum add(Sum sum, uint32_t x, words w) {
+#if defined(__AVX512BF16__)
+    return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+#else
+    sum += as_float(x << 16) * as_floats(w << 16);
+    return sum + as_float(x & 0xffff0000) * as_floats(w & 0xffff0000);
+#endif
+  }
+};
+
+struct Int8 {  // weights are unsigned, 128 more than they are; inputs signed
+  typedef ints Sum;
+  static inline Sum add(Sum sum, uint32_t x, words w) {
+#if defined(__AVX512VNNI__)
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+#else
+    for (int i = 0; i < 4; i++) sum += (ints)(w >> (8 * i) & 255) * (int32_t)(int8_t)(x >> (8 * i));
+    return sum;
+#endif
+  }
+};
+
+template <class T, int ROWS>
+inline void tile(const uint32_t* x, int64_t n_words, const uint32_t* panel, typename T::Sum (*sums)[PANEL]) {
+  typename T::Sum own[ROWS][PANEL] = {};
+  for (int64_t k = 0; k < n_words; k++, panel += WIDTH) {
+    words w[PANEL];
+    __builtin_prefetch(panel + 16 * WIDTH);
+    for (int c = 0; c < PANEL; c++) w[c] = load<words>(panel + c * LANES);
+    for (int r = 0; r < ROWS; r++)
+      for (int c = 0; c < PANEL; c++) own[r][c] = T::add(own[r][c], x[r * n_words + k], w[c]);
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int c = 0; c < PANEL; c++) sums[r][c] = own[r][c];
+}
+
+template <class T>
+inline void tile_of(int n_rows, const uint32_t* x, int64_t n_words, const uint32_t* panel, typename T::Sum (*sums)[PANEL]) {
+  switch (n_rows) {
+    case 1: return tile<T, 1>(x, n_words, panel, sums);
+    case 2: return tile<T, 2>(x, n_words, panel, sums);
+#if defined(__AVX512F__)
+    case 3: return tile<T, 3>(x, n_words, panel, sums);
+    case 4: return tile<T, 4>(x, n_words, panel, sums);
+    case 5: return tile<T, 5>(x, n_words, panel, sums);
+    case 6: return tile<T, 6>(x, n_words, panel, sums);
+#endif
+  }
+}
+
+}  // namespace
+
+// ---- what native.py fills in ---------------------------------------------------------------------------------------
+
+extern "C" {
+
+enum Kind : int32_t { EMBED, NORM, LINEAR, ATTEND, GATE };
+enum Format : int32_t { FP32, BF16, INT8 };
+
+struct Operation {
+  int32_t kind, format;   // format: of LINEAR's matrix
+  int32_t in, out;        // numbers of buffers; LINEAR writes the logits to buffer -1, for the scored rows only
+  int32_t n_in, n_out;    // widths
+  int32_t adds, layer;    // whether it adds to what `out` holds; ATTEND's layer
+  float eps, padding;
+  const void *weight, *bias;     // EMBED: table of ids, of positions; NORM, LINEAR: its own; ATTEND: of the norms of q, k
+  const float *scale, *extra;    // LINEAR: of each output, for INT8; ATTEND: cosines and sines of the positions
+  const uint8_t* visible;        // ATTEND: which own positions (columns) a position (row) sees; null for all before it
+};
+
+struct Branches {
+  int32_t n_rows, n_each, n_prefix, capacity;  // sequences, those of each prefix, its length; own positions at most
+  const void* prefix;                          // keys and values (layer, 2, prefix, head, position, head width)
+  const uint8_t* hidden;                       // of each prefix, its padding; null for none
+  void* own;                                   // keys and values (layer, 2, sequence, head, position, head width)
+};
+
+struct Step {
+  int32_t n_operations, n_branches, n_sequences, n_tokens;  // tokens of each sequence
+  int32_t first, n_scored, n_heads, head_width;             // first: number of the first token
+  int32_t n_threads, cache_format, n_positions, padding;    // n_positions: room for the scores of a query
+  const Operation* operations;
+  const Branches* branches;
+  const int64_t* ids;
+  float* const* buffers;
+  uint32_t* packed;   // rows x words of the widest input of LINEAR
+  float* row_scales;  // two numbers a row
+  float* scores;      // threads x n_positions
+  float* logits;
+};
+
+}  // extern "C"
+
+namespace {
+
+// Where the threads of a step meet, some 13 times a layer. OpenMP's own barrier lets a thread that waits sleep, and where
+// anything else runs on the machine each meeting then costs a turn of the scheduler: 640 ms a step instead of 10.
+struct Meeting {
+  std::atomic<int> n_here{0}, turn{0};
+  void wait() {
+    int n_threads = omp_get_num_threads(), now = turn.load(std::memory_order_acquire);
+    if (n_here.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads) {
+      n_here.store(0, std::memory_order_relaxed);
+      turn.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t n = 0; turn.load(std::memory_order_acquire) == now; n++)
+      if (n < 1000000) relax();
+      else sched_yield();
+  }
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+};
+
+struct Share {  // of `n` things, those of one thread
+  int64_t start, stop;
+  Share(int64_t n) {
+    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    start = n * thread / threads, stop = n * (thread + 1) / threads;
+  }
+};
+
+// Rows as the words that a product broadcasts; for 8 bits every row has a scale of its own.
+void pack(const Step& s, const Operation& op, const float* in, int64_t row, int64_t slot) {
+  const float* x = in + row * op.n_in;
+  if (op.format == FP32) {
+    std::memcpy(s.packed + slot * op.n_in, x, 4 * op.n_in);
+  } else if (op.format == BF16) {
+    int64_t n_words = (op.n_in + 1) / 2;
+    uint16_t* out = (uint16_t*)(s.packed + slot * n_words);
+    for (int i = 0; i < op.n_in; i++) out[i] = to_bf16(x[i]);
+    if (op.n_in % 2) out[op.n_in] = 0;
+  } else {
+    int64_t n_words = (op.n_in + 3) / 4;
+    int8_t* out = (int8_t*)(s.packed + slot * n_words);
+    float top = 1e-20f;
+    for (int i = 0; i < op.n_in; i++) top = std::max(top, std::fabs(x[i]));
+    float scale = 127 / top;
+    int32_t total = 0;
+    for (int i = 0; i < op.n_in; i++) {
+      int32_t value = (int32_t)std::nearbyint(x[i] * scale);
+      out[i] = value, total += value;
+    }
+    for (int64_t i = op.n_in; i < 4 * n_words; i++) out[i] = 0;
+    s.row_scales[2 * slot] = top / 127, s.row_scales[2 * slot + 1] = (float)(128 * total);
+  }
+}
+
+inline floats scaled(const Operation&, const Step&, int64_t, int64_t, floats sum) { return sum; }
+inline floats scaled(const Operation& op, const Step& s, int64_t slot, int64_t o, ints sum) {
+  floats exact = __builtin_convertvector(sum - (int32_t)s.row_scales[2 * slot + 1], floats);
+  return exact * s.row_scales[2 * slot] * load<floats>(op.scale + o);
+}
+
+template <class T> void multiply(const Step& s, const Operation& op, int64_t n_rows, float* out, int per_word) {
+  int64_t n_words = (op.n_in + per_word - 1) / per_word, n_panels = (op.n_out + WIDTH - 1) / WIDTH;
+  int64_t n_tiles = (n_rows + TILE - 1) / TILE;
+  Share mine(n_panels);
+  for (int64_t p = mine.start; p < mine.stop; p++) {
+    const uint32_t* panel = (const uint32_t*)op.weight + p * n_words * WIDTH;
+    for (int64_t t = 0; t < n_tiles; t++) {
+      int64_t start = n_rows * t / n_tiles, stop = n_rows * (t + 1) / n_tiles;
+      typename T::Sum sums[TILE][PANEL];
+      tile_of<T>(stop - start, s.packed + start * n_words, n_words, panel, sums);
+      for (int64_t row = start; row < stop; row++)
+        for (int c = 0; c < PANEL; c++) {
+          int64_t o = p * WIDTH + c * LANES, count = std::min<int64_t>(LANES, op.n_out - o);
+          if (count <= 0) break;
+          floats y = scaled(op, s, row, o, sums[row - start][c]);
+          float* to = out + row * op.n_out + o;
+          float values[LANES];
+          store(values, y);
+          if (op.bias)
+            for (int i = 0; i < count; i++) values[i] += ((const float*)op.bias)[o + i];
+          if (op.adds)
+            for (int i = 0; i < count; i++) to[i] += values[i];
+          else
+            std::memcpy(to, values, 4 * count);
+        }
+    }
+  }
+}
+
+void linear(const Step& s, const Operation& op, Meeting& meeting) {
+  int64_t n_all = (int64_t)s.n_sequences * s.n_tokens;
+  bool head = op.out < 0;
+  int64_t n_rows = head ? (int64_t)s.n_sequences * s.n_scored : n_all;
+  Share mine(n_rows);
+  for (int64_t slot = mine.start; slot < mine.stop; slot++) {
+    int64_t row = head ? slot / s.n_scored * s.n_tokens + s.n_tokens - s.n_scored + slot % s.n_scored : slot;
+    pack(s, op, s.buffers[op.in], row, slot);
+  }
+  meeting.wait();
+  float* out = head ? s.logits : s.buffers[op.out];
+  if (op.format == FP32) multiply<Fp32>(s, op, n_rows, out, 1);
+  if (op.format == BF16) multiply<Bf16>(s, op, n_rows, out, 2);
+  if (op.format == INT8) multiply<Int8>(s, op, n_rows, out, 4);
+}
+
+void embed(const Step& s, const Operation& op) {
+  Share mine((int64_t)s.n_sequences * s.n_tokens);
+  for (int64_t row = mine.start; row < mine.stop; row++) {
+    const float* from = (const float*)op.weight + s.ids[row] * op.n_out;
+    float* to = s.buffers[op.out] + row * op.n_out;
+    std::memcpy(to, from, 4 * op.n_out);
+    if (op.bias) {
+      const float* place = (const float*)op.bias + (s.first + row % s.n_tokens) * op.n_out;
+      for (int i = 0; i < op.n_out; i++) to[i] += place[i];
+    }
+  }
+}
+
+inline void rms_norm(const float* x, float* y, const float* weight, int n, float eps) {
+  floats squares = {};
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) squares += load<floats>(x + i) * load<floats>(x + i);
+  float total = sum(squares);
+  for (; i < n; i++) total += x[i] * x[i];
+  float factor = 1 / std::sqrt(total / n + eps);
+  for (int j = 0; j < n; j++) y[j] = x[j] * factor * weight[j];
+}
+
+void norm(const Step& s, const Operation& op) {
+  Share mine((int64_t)s.n_sequences * s.n_tokens);
+  for (int64_t row = mine.start; row < mine.stop; row++)
+    rms_norm(s.buffers[op.in] + row * op.n_in, s.buffers[op.out] + row * op.n_in, (const float*)op.weight, op.n_in, op.eps);
+}
+
+void gate(const Step& s, const Operation& op) {  // silu(first half) * second half
+  Share mine((int64_t)s.n_sequences * s.n_tokens);
+  for (int64_t row = mine.start; row < mine.stop; row++) {
+    const float *a = s.buffers[op.in] + row * op.n_in, *b = a + op.n_out;
+    float* y = s.buffers[op.out] + row * op.n_out;
+    int i = 0;
+    for (; i + LANES <= op.n_out; i += LANES) {
+      floats x = load<floats>(a + i);
+      store(y + i, x / (1.0f + exponential(-x)) * load<floats>(b + i));
+    }
+    for (; i < op.n_out; i++) y[i] = a[i] / (1.0f + std::exp(-a[i])) * b[i];
+  }
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+
+inline floats wide(const float* from) { return load<floats>(from); }
+inline floats wide(const uint16_t* from) { return (floats)(__builtin_convertvector(load<halves>(from), words) << 16); }
+inline void narrow(float* to, float x) { *to = x; }
+inline void narrow(uint16_t* to, float x) { *to = to_bf16(x); }
+
+template <int PARTS, class C>  // PARTS: vectors of a head
+inline void score(const floats* q, const C* keys, int n, float* scores) {
+  for (int j = 0; j < n; j++, keys += PARTS * LANES) {
+    floats total = q[0] * wide(keys);
+    for (int i = 1; i < PARTS; i++) total += q[i] * wide(keys + i * LANES);
+    scores[j] = sum(total);
+  }
+}
+
+template <int PARTS, class C> inline void gather(floats* y, const C* values, int n, const float* weights) {
+  for (int j = 0; j < n; j++, values += PARTS * LANES)
+    for (int i = 0; i < PARTS; i++) y[i] += weights[j] * wide(values + i * LANES);
+}
+
+// Softmax of one row of scores; returns one over their sum, which the weights are yet to be multiplied by.
+inline float exponentiate(float* scores, int n) {
+  float top = -INFINITY;
+  for (int j = 0; j < n; j++) top = std::max(top, scores[j]);
+  for (int j = n; j % LANES; j++) scores[j] = -INFINITY;
+  floats total = {};
+  for (int j = 0; j < n; j += LANES) {
+    floats weights = exponential(load<floats>(scores + j) - top);
+    store(scores + j, weights);
+    total += weights;
+  }
+  return 1 / sum(total);
+}
+
+template <int PARTS, class C> void attend(const Step& s, const Operation& op, Meeting& meeting) {
+  const int H = PARTS * LANES, half = H / 2, N = s.n_heads, D = N * H;
+  const float* gains = (const float*)op.weight;
+  // norms and positions of queries and keys, keys and values into the cache
+  Share rows((int64_t)s.n_sequences * s.n_tokens);
+  for (int64_t row = rows.start; row < rows.stop; row++) {
+    int64_t sequence = row / s.n_tokens, position = s.first + row % s.n_tokens;
+    const Branches* b = s.branches;
+    while (sequence >= b->n_rows) sequence -= b->n_rows, b++;
+    float* qkv = s.buffers[op.in] + row * 3 * D;
+    for (int n = 0; n < N; n++) {
+      float *q = qkv + n * H, *k = q + D, *v = k + D;
+      if (gains) rms_norm(q, q, gains, H, op.eps), rms_norm(k, k, gains + H, H, op.eps);
+      if (op.extra) {
+        const float *cosine = op.extra + position * H, *sine = cosine + half;
+        for (float* x : {q, k})
+          for (int i = 0; i < half; i++) {
+            float first = x[i], second = x[i + half];
+            x[i] = first * cosine[i] - second * sine[i], x[i + half] = second * cosine[i] + first * sine[i];
+          }
+      }
+      for (int i = 0; i < H; i++) q[i] *= 1 / std::sqrt((float)H);
+      C* own = (C*)b->own + ((op.layer * 2 * b->n_rows + sequence) * N + n) * b->capacity * H + position * H;
+      C* own_values = own + (int64_t)b->n_rows * N * b->capacity * H;
+      for (int i = 0; i < H; i++) narrow(own + i, k[i]), narrow(own_values + i, v[i]);
+    }
+  }
+  meeting.wait();
+  // head by head, sequence by sequence: a prefix's keys stay in the CPU's cache for all sequences that share them
+  Share mine((int64_t)N * s.n_sequences);
+  float* scores = s.scores + omp_get_thread_num() * (int64_t)s.n_positions;
+  for (int64_t at = mine.start; at < mine.stop; at++) {
+    int64_t n = at / s.n_sequences, all = at % s.n_sequences, sequence = all;
+    const Branches* b = s.branches;
+    while (sequence >= b->n_rows) sequence -= b->n_rows, b++;
+    int64_t n_prefixes = b->n_rows / b->n_each, prefix = sequence / b->n_each, P = b->n_prefix;
+    const C* keys = (const C*)b->prefix + ((op.layer * 2 * n_prefixes + prefix) * N + n) * P * H;
+    const C* values = keys + n_prefixes * N * P * H;
+    const C* own_keys = (const C*)b->own + ((op.layer * 2 * (int64_t)b->n_rows + sequence) * N + n) * b->capacity * H;
+    const C* own_values = own_keys + (int64_t)b->n_rows * N * b->capacity * H;
+    for (int l = 0; l < s.n_tokens; l++) {
+      int64_t row = all * s.n_tokens + l, position = s.first + l;
+      int n_own = position + 1;
+      floats q[PARTS], y[PARTS] = {};
+      for (int i = 0; i < PARTS; i++) q[i] = wide(s.buffers[op.in] + row * 3 * D + n * H + i * LANES);
+      score<PARTS>(q, keys, P, scores);
+      score<PARTS>(q, own_keys, n_own, scores + P);
+      if (b->hidden)
+        for (int j = 0; j < P; j++)
+          if (b->hidden[prefix * P + j]) scores[j] = -INFINITY;
+      if (op.visible)
+        for (int j = 0; j < n_own; j++)
+          if (!op.visible[position * op.n_out + j]) scores[P + j] = -INFINITY;
+      float share = exponentiate(scores, P + n_own);
+      gather<PARTS>(y, values, P, scores);
+      gather<PARTS>(y, own_values, n_own, scores + P);
+      for (int i = 0; i < PARTS; i++) store(s.buffers[op.out] + row * D + n * H + i * LANES, y[i] * share);
+    }
+  }
+}
+
+template <int PARTS> void attend_in(const Step& s, const Operation& op, Meeting& meeting) {
+  if (s.cache_format == BF16) attend<PARTS, uint16_t>(s, op, meeting);
+  else attend<PARTS, float>(s, op, meeting);
+}
+
+void attend_of(const Step& s, const Operation& op, Meeting& meeting) {
+  switch (s.head_width / LANES) {
+    case 1: return attend_in<1>(s, op, meeting);
+    case 2: return attend_in<2>(s, op, meeting);
+    case 3: return attend_in<3>(s, op, meeting);
+    case 4: return attend_in<4>(s, op, meeting);
+    case 5: return attend_in<5>(s, op, meeting);
+    case 6: return attend_in<6>(s, op, meeting);
+    case 8: return attend_in<8>(s, op, meeting);
+  }
+}
+
+}  // namespace
+
+extern "C" void vqt2i_step(const Step* step) {
+  const Step& s = *step;
+  Meeting meeting;
+#pragma omp parallel num_threads(s.n_threads)
+  for (int i = 0; i < s.n_operations; i++) {
+    const Operation& op = s.operations[i];
+    switch (op.kind) {
+      case EMBED: embed(s, op); break;
+      case NORM: norm(s, op); break;
+      case LINEAR: linear(s, op, meeting); break;
+      case ATTEND: attend_of(s, op, meeting); break;
+      case GATE: gate(s, op); break;
+    }
+    meeting.wait();
+  }
+}
