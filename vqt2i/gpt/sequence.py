@@ -140,6 +140,11 @@ class SequenceLayout:
         positions = coordinates.expand(image_BI.shape[0], n, 3)
         return Sequences(image_BI + self.first_image_id, positions, torch.ones_like(image_BI, dtype=torch.bool))
 
+    def image_index(self, sequences: Sequences) -> Tensor:
+        """Number of each image token in raster order, (B, L), from 0; -1 for what is no image token."""
+        row, column = sequences.positions_BLA[..., 1:].unbind(-1)
+        return torch.where(column > 0, (row - 1) * self.config.grid_width + column - 1, -1)
+
     def join(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """text → image, length `length`."""
         prefix, image = self.text_prefix(text), self.image_part(image_BI)

@@ -14,7 +14,8 @@ from vqt2i.data.shards import Split
 from vqt2i.errors import ConfigError
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
+from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, Positions, gpt_loss
+from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
 from vqt2i.text import TextBatch, TextTokenizer
@@ -73,7 +74,8 @@ class GPTRunConfig(Config):
     source: Literal["store", "images"] = "store"
     text_length: PositiveInt = 32
     transformer: TransformerConfig = TransformerConfig()
-    positions: Literal["rotary", "learned"] = "rotary"
+    positions: Positions = "rotary"
+    sparsity: SparsityConfig = DenseConfig()
     training: GPTTrainingConfig = GPTTrainingConfig()
     trainer: TrainerConfig = TrainerConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -98,6 +100,7 @@ class GPTRunConfig(Config):
             transformer=self.transformer,
             layout=LayoutConfig(text_length=self.text_length, **sizes.model_dump()),
             positions=self.positions,
+            sparsity=self.sparsity,
             text_tokenizer=text_tokenizer,
             image_tokenizer=image_tokenizer,
         )
