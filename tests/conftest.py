@@ -112,7 +112,7 @@ def make_gpt() -> Callable[..., GPT]:
         seed: int = 0,
         transformer: TransformerConfig = TRANSFORMER,
         sparsity: SparsityConfig = DENSE,
-        **layout: int,
+        **layout: object,
     ) -> GPT:
         sizes = {"n_text_ids": 10, "n_image_ids": 6, "text_length": 5, "grid_height": 3, "grid_width": 2} | layout
         torch.manual_seed(seed)

@@ -19,7 +19,7 @@ KINDS = {
     "CogView": {"positions": "sequence", "transformer": WIDE.model_copy(update=COGVIEW)},
     "DALL-E": {
         "positions": "learned", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu_quick"}),
-        "sparsity": RowColumnConfig(conv_size=3),
+        "sparsity": RowColumnConfig(conv_size=3), "padding": "learned",
     },
     "pivots": {"transformer": WIDE, "sparsity": PivotWindowConfig(n_pivots=2, block_size=2, n_blocks=1)},
 }  # fmt: skip
