@@ -18,6 +18,7 @@ from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.generation.pipeline import PIPELINE, PipelineConfig
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LayoutConfig
+from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextTokenizer
 from vqt2i.text.train import TextTokenizerConfig, save_text_tokenizer, train_text_tokenizer
@@ -34,6 +35,7 @@ COLOURS = {
 }
 SIZE_PX, GRID, TEXT_LENGTH = 16, 4, 12
 TRANSFORMER = TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=48)
+DENSE = DenseConfig()
 
 
 def coloured_pair(index: int, key: str) -> Pair:
@@ -104,11 +106,18 @@ def tiny_clip(model_folders: Path) -> CLIP:
 def make_gpt() -> Callable[..., GPT]:
     """A function that builds an untrained GPT in evaluation mode, with a 3 x 2 grid so that rows are not columns."""
 
-    def make(positions: str = "rotary", *, seed: int = 0, **layout: int) -> GPT:
+    def make(
+        positions: str = "rotary",
+        *,
+        seed: int = 0,
+        transformer: TransformerConfig = TRANSFORMER,
+        sparsity: SparsityConfig = DENSE,
+        **layout: object,
+    ) -> GPT:
         sizes = {"n_text_ids": 10, "n_image_ids": 6, "text_length": 5, "grid_height": 3, "grid_width": 2} | layout
         torch.manual_seed(seed)
         config = GPTConfig(
-            transformer=TRANSFORMER, layout=LayoutConfig(**sizes), positions=positions,
+            transformer=transformer, layout=LayoutConfig(**sizes), positions=positions, sparsity=sparsity,
             text_tokenizer="t", image_tokenizer="i",
         )  # fmt: skip
         return GPT(config).eval()

@@ -5,6 +5,7 @@ from vqt2i.errors import ConfigError
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.int8 import Int8Linear, to_int8
 from vqt2i.generation.sampling import SamplingConfig
+from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import pad_texts
 
 JOBS = [Job(text, prompt, image) for prompt, text in enumerate([(1, 2, 3), (), (9, 8)]) for image in range(3)]
@@ -34,8 +35,17 @@ def test_a_row_of_zeros_gives_zeros() -> None:
 
 
 @torch.no_grad()
-def test_logits_stay_close_and_nothing_of_the_original_changes(make_gpt) -> None:
-    gpt = make_gpt()
+def test_a_bias_is_added_unrounded() -> None:
+    x_BLI, weight_OI, bias_O = torch.randn(5, 1, 40), torch.randn(24, 40), torch.randn(24)
+    torch.testing.assert_close(Int8Linear(weight_OI, bias_O)(x_BLI), Int8Linear(weight_OI)(x_BLI) + bias_O)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp": "gelu", "norm": "layer", "bias": True}], ids=str)
+@torch.no_grad()
+def test_logits_stay_close_and_nothing_of_the_original_changes(make_gpt, changes: dict) -> None:
+    gpt = make_gpt(transformer=TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=48, **changes))
+    for bias in (p for name, p in gpt.named_parameters() if name.endswith("bias")):
+        torch.nn.init.normal_(bias, std=0.1)
     before = {name: value.clone() for name, value in gpt.state_dict().items()}
     prefix = gpt.layout.text_prefix(pad_texts([[1, 2, 3], [], [9, 8]], 5))
     expected, _ = gpt.prefill(prefix)

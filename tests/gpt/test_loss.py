@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from vqt2i.gpt import GPT, LossWeights, caption_log_probability, gpt_loss
+from vqt2i.gpt.loss import token_nll
 from vqt2i.text import TextBatch, pad_texts
 
 TEXTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9]]
@@ -120,3 +121,21 @@ def test_under_bf16_the_loss_is_close_to_that_in_fp32(gpt: GPT, image_BI: Tensor
         found = gpt_loss(gpt, pad_texts(TEXTS, 5), image_BI, 2, WEIGHTS).total
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+
+
+def test_learned_padding_is_seen_by_the_image_and_never_predicted(make_gpt, image_BI: Tensor) -> None:
+    gpt, text = make_gpt("learned", padding="learned"), pad_texts(TEXTS, 5)
+    before = gpt_loss(gpt, text, image_BI, 0, WEIGHTS)
+    hidden = gpt(gpt.layout.join(text, image_BI))
+    nll = [
+        token_nll(gpt.text_logits(hidden[row, : len(ids) + 1])[None], torch.tensor([[*ids, gpt.layout.eot]]))[0]
+        for row, ids in enumerate(TEXTS)
+    ]
+    torch.testing.assert_close(before.text, torch.cat(nll, dim=1).mean())
+    before.total.backward()
+    grad = gpt.embedding.weight.grad[gpt.layout.first_learned_pad :]
+    assert len(grad) == 5 and grad.abs().amax(1).min() > 0
+    with torch.no_grad():
+        gpt.embedding.weight[gpt.layout.first_learned_pad :] += 1
+    after = gpt_loss(gpt, text, image_BI, 0, WEIGHTS)
+    assert torch.equal(after.text, before.text) and after.image != before.image

@@ -106,3 +106,23 @@ def test_rows_can_be_put_together() -> None:
     forth, back = LAYOUT.join(TEXT, IMAGE), LAYOUT.join_reversed(TEXT, IMAGE)
     both = forth.cat(back)
     assert torch.equal(both.ids_BL, torch.cat((forth.ids_BL, back.ids_BL))) and both.real_BL.shape == (6, 10)
+
+
+def test_learned_padding_by_hand() -> None:
+    layout = SequenceLayout(LAYOUT.config.model_copy(update={"padding": "learned"}))
+    p1, p2, p3 = 22, 23, 24
+    assert layout.n_ids == 25 and layout.n_targets == LAYOUT.n_targets and layout.length == LAYOUT.length
+    sequences = layout.join(TEXT, IMAGE)
+    assert sequences.ids_BL[:, :6].tolist() == [
+        [T2I, 7, 8, EOT, p3, BOI], [T2I, EOT, p1, p2, p3, BOI], [T2I, 1, 2, 3, EOT, BOI],
+    ]  # fmt: skip
+    assert torch.equal(sequences.ids_BL[:, 6:], IMAGE + FIRST) and sequences.real_BL.all()
+    assert sequences.positions_BLA[:, :6].tolist() == [[[k, 0, 0] for k in (0, 1, 2, 3, 4, 0)]] * 3
+    back, as_before = layout.join_reversed(TEXT, IMAGE), LAYOUT.join_reversed(TEXT, IMAGE)
+    assert all(torch.equal(*pair) for pair in zip(back, as_before, strict=True))
+
+
+def test_learned_padding_fills_up_texts_that_are_padded_less() -> None:
+    layout = SequenceLayout(LAYOUT.config.model_copy(update={"padding": "learned"}))
+    short, whole = (layout.text_prefix(pad_texts([[7], []], length)) for length in (1, 3))
+    assert all(torch.equal(*pair) for pair in zip(short, whole, strict=True))

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from vqt2i.nn.attention import BLOCK, causal_attention
+from vqt2i.nn.attention import BLOCK, causal_attention, relaxed_attention
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
@@ -39,3 +39,27 @@ def test_bf16_is_rounded_at_the_end_only(autocast: bool) -> None:
 def test_it_follows_pytorchs_rules_for_operators() -> None:
     qkv, mask = inputs(BLOCK + 1)
     library.opcheck(causal_attention, (*qkv, mask))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_relaxed_attention_and_its_gradients_are_those_of_plain_attention_in_fp32(masked: bool) -> None:
+    qkv, mask = inputs(17)
+    mask = mask if masked else None
+    expected, found = F.scaled_dot_product_attention(*qkv, attn_mask=mask), relaxed_attention(*qkv, mask)
+    torch.testing.assert_close(found, expected)
+    grads = (torch.autograd.grad(y.square().sum(), qkv) for y in (found, expected))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_relaxed_attention_in_fp16_is_finite_and_right_where_plain_scores_overflow() -> None:
+    (q, k, v), mask = inputs(9)
+    q, k, v = (x.detach().half() for x in (q * 300, k * 300, v))
+    plain = ((q @ k.mT) * 8**-0.5).masked_fill(~mask, -torch.inf)
+    assert plain.isposinf().any() and plain.softmax(-1).isnan().any()
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
+    found = relaxed_attention(q, k, v, mask)
+    assert found.isfinite().all()
+    # a score has 11 bits: where two are nearly equal it is lost which is larger
+    wrong = (found.double() - exact).abs().amax(-1) > 0.01
+    assert wrong.double().mean() < 0.05

@@ -3,7 +3,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqt2i.nn.transformer import Attention, Block, Rotary, SwiGLU, Transformer, TransformerConfig, rotate
+from vqt2i.nn.transformer import (
+    GELUMLP,
+    Attention,
+    Block,
+    Rotary,
+    ScaledLayerNorm,
+    SwiGLU,
+    Transformer,
+    TransformerConfig,
+    rotate,
+)
 
 CONFIG = TransformerConfig(width=24, n_layers=3, n_heads=3, mlp_width=40)
 
@@ -61,6 +71,59 @@ def test_swiglu_and_a_block_are_their_formulas() -> None:
     h = x + block.attention(rms_normed(x), mask_B1LK=None, cos_sin=None, cache=None)
     found = block(x, mask_B1LK=None, cos_sin=None, cache=None)
     torch.testing.assert_close(found, h + block.mlp(rms_normed(h)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "formula"),
+    [
+        ("gelu", lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))),
+        ("gelu_tanh", lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+        ("gelu_quick", lambda x: x * torch.sigmoid(1.702 * x)),
+    ],
+)
+def test_a_gelu_mlp_is_its_formula(kind: str, formula) -> None:
+    mlp, x = GELUMLP(CONFIG.model_copy(update={"mlp": kind, "bias": True})), torch.randn(2, 5, 24)
+    expected = formula(x @ mlp.up.weight.T + mlp.up.bias) @ mlp.down.weight.T + mlp.down.bias
+    torch.testing.assert_close(mlp(x), expected)
+
+
+def test_a_sandwiched_block_has_a_norm_at_both_ends_of_each_branch() -> None:
+    config = CONFIG.model_copy(update={"norm": "layer", "norm_placement": "sandwich", "mlp": "gelu", "norm_eps": 1e-5})
+    block, x = Block(config, 0), torch.randn(2, 5, 24)
+    norms = [block.attention_norm, block.attention_out_norm, block.mlp_norm, block.mlp_out_norm]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    first, second, third, fourth = (lambda x, n=n: F.layer_norm(x, (24,), n.weight, n.bias, 1e-5) for n in norms)
+    h = x + second(block.attention(first(x), mask_B1LK=None, cos_sin=None, cache=None))
+    found = block(x, mask_B1LK=None, cos_sin=None, cache=None)
+    torch.testing.assert_close(found, h + fourth(block.mlp(third(h))))
+
+
+def test_a_scaled_layer_norm_is_layer_norm_and_does_not_see_the_scale() -> None:
+    norm, x = ScaledLayerNorm(24, eps=1e-6), torch.randn(3, 5, 24)
+    torch.nn.init.normal_(norm.bias)
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (24,), norm.weight, norm.bias), rtol=1e-4, atol=1e-4)
+    for scale in (1e-12, 1e12):
+        torch.testing.assert_close(norm(x * scale), norm(x))
+    assert torch.equal(norm(torch.zeros(1, 24))[0], norm.bias)
+
+
+def test_biases_are_in_every_linear_map_if_asked_for_and_start_at_zero() -> None:
+    model = Transformer(CONFIG.model_copy(update={"bias": True, "mlp": "gelu"}))
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == 4 * CONFIG.n_layers and all(torch.equal(m.bias, torch.zeros_like(m.bias)) for m in linear)
+    assert not any(m.bias is not None for m in Transformer(CONFIG).modules() if isinstance(m, torch.nn.Linear))
+
+
+@pytest.mark.parametrize("relaxed", [True, False])
+def test_pb_relax_changes_nothing_in_fp32(relaxed: bool) -> None:
+    x = torch.randn(2, 5, 24)
+    layer = Attention(CONFIG.model_copy(update={"pb_relax": relaxed}), 0)
+    plain = Attention(CONFIG, 0)
+    plain.load_state_dict(layer.state_dict())
+    how = {"mask_B1LK": causal(5), "cos_sin": angles(5), "cache": None}
+    torch.testing.assert_close(layer(x, **how), plain(x, **how))
 
 
 def test_rotary_scores_depend_on_differences_of_positions_only() -> None:

@@ -69,3 +69,17 @@ def test_lines_of_a_file_that_is_missing_or_not_text_are_errors(tmp_path: Path) 
     for name in ("b.txt", "none.txt"):
         with pytest.raises(DataError, match=name):
             read_lines(tmp_path / name)
+
+
+def test_merges_are_left_out_as_the_seed_says_and_the_text_stays() -> None:
+    tokenizer = train_text_tokenizer(LINES, CONFIG.model_copy(update={"model_type": "bpe"}))
+    assert tokenizer.is_bpe and not train_text_tokenizer(LINES, CONFIG).is_bpe
+    text = "a small red star, 红色圆形"
+    splits = [tokenizer.sample(text, 0.1, seed) for seed in range(40)]
+    assert splits == [tokenizer.sample(text, 0.1, seed) for seed in range(40)]
+    assert {tokenizer.decode(ids) for ids in splits} == {text}
+    assert len(set(map(tuple, splits))) > 5 and tokenizer.encode(text) in splits
+    # of merges that could be made about a tenth are not
+    longer = sum(len(ids) > len(tokenizer.encode(text)) for ids in splits)
+    assert 10 < longer < 40
+    assert tokenizer.sample(text, 0.0, 3) == tokenizer.encode(text) == min(splits, key=len)

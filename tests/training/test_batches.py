@@ -9,6 +9,7 @@ from vqt2i.data.images import fit_variant, to_tensor
 from vqt2i.data.sampling import Visits
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import DataError
+from vqt2i.text.train import TextTokenizerConfig, train_text_tokenizer
 from vqt2i.training.batches import Batch, BatchLoader, ImageSamples, TokenSamples, training_loader, validation_loader
 from vqt2i.training.encode import encode_dataset
 
@@ -150,3 +151,25 @@ def test_what_a_user_can_mend_is_told_as_it_was_raised_in_a_worker(n_workers: in
     assert next(batches) == 0
     with pytest.raises(DataError, match=r"\Asample 1 is damaged\Z"):
         next(batches)
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_bpe_dropout_is_of_the_visit_alone_the_same_from_images_and_store_and_off_in_validation(
+    n_workers: int, tiny_dataset: DataSet, tiny_vq, tmp_path: Path
+) -> None:
+    captions = [c for i in range(24) for texts in tiny_dataset.split("train").captions(i).values() for c in texts]
+    bpe = train_text_tokenizer(captions, TextTokenizerConfig(vocabulary_size=300, model_type="bpe"))
+    store = encode_dataset(tiny_dataset, tiny_vq, bpe, ("train",), tmp_path / "store")
+    images = ImageSamples(tiny_dataset.split("train"), 16, bpe, 3, bpe_dropout=0.3)
+    tokens = TokenSamples(store.split("train"), 3, bpe, bpe_dropout=0.3)
+    plain = TokenSamples(store.split("train"), 3)
+    read = [
+        [source.batch(ALL, 12, augment=augment).text for source in (images, tokens, plain)] for augment in (True, False)
+    ]
+    (from_images, from_store, undropped), in_validation = read
+    assert torch.equal(from_images.ids_BS, from_store.ids_BS) and torch.equal(from_images.n_ids_B, from_store.n_ids_B)
+    assert (from_store.n_ids_B > undropped.n_ids_B).float().mean() > 0.3
+    assert all(torch.equal(text.ids_BS, in_validation[2].ids_BS) for text in in_validation)
+    options = {"batch_size": 8, "n_steps": 6, "first_step": 0, "seed": 0, "text_length": 12, "rank": 0, "n_ranks": 1}
+    here, there = (training_loader(tokens, **options, n_workers=n) for n in (0, n_workers))
+    assert all(equal(a, b) for a, b in zip(here, there, strict=True))

@@ -6,6 +6,7 @@ import torch
 
 from vqt2i.checkpoint import load_model, read_card
 from vqt2i.data.shards import DataSet
+from vqt2i.errors import ConfigError
 from vqt2i.generation.find import open_pipeline
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LossWeights, gpt_loss
@@ -124,3 +125,8 @@ def test_a_trained_run_opens_as_a_pipeline_with_its_own_prompts_and_sampling(
 def test_example_prompts_take_the_languages_in_turn(tiny_dataset: DataSet) -> None:
     prompts, split = example_prompts(tiny_dataset.split("val"), 3), tiny_dataset.split("val")
     assert prompts == [split.captions(0)["en"][0], split.captions(1)["zh"][0], split.captions(2)["en"][0]]
+
+
+def test_bpe_dropout_of_a_unigram_model_is_refused(train) -> None:
+    with pytest.raises(ConfigError, match=r"bpe_dropout 0\.1: .*text\.model is a unigram model.*--model-type bpe"):
+        train("gpt", "bpe_dropout=0.1")

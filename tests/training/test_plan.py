@@ -54,6 +54,17 @@ SHAPES = {  # width, layers, heads, MLP, text ids, image ids, text length, grid 
     "long": (64, 2, 4, 176, 200, 256, 40, 16, 4),
     "weights only": (256, 4, 4, 640, 2000, 4096, 4, 2, 1),
 }
+CHANGES = [
+    {},
+    {"qk_norm": False},
+    {"positions": "learned"},
+    {"positions": "learned", "qk_norm": False},
+    {"norm": "layer", "mlp": "gelu"},
+    {"norm": "scaled_layer", "mlp": "gelu_quick", "norm_placement": "sandwich"},
+    {"norm_placement": "sandwich", "bias": True},
+    {"pb_relax": True},
+    {"pb_relax": True, "qk_norm": False, "norm": "scaled_layer", "norm_placement": "sandwich", "mlp": "gelu_tanh"},
+]
 
 
 def model_of(shape: str, **changes: object) -> tuple[GPTConfig, int]:
@@ -142,7 +153,7 @@ def test_the_planned_peak_of_a_step_is_within_15_percent_of_the_measured(
 
 
 @pytest.mark.parametrize("step", ["fp32", "autocast", "bf16 weights"])
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"positions": "learned"}], ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_what_a_block_keeps_for_the_backward_pass_is_counted_within_2_percent(changes: dict, step: str) -> None:
     kept, autocast = [], step == "autocast"
     for n_layers in (1, 2):

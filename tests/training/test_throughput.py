@@ -58,8 +58,10 @@ def test_a_rate_is_that_since_it_was_read_and_readers_do_not_disturb_each_other(
     assert often.read() == 0.5 and once.read() == 1.0
 
 
-def test_the_flops_of_a_gpt_are_those_that_are_planned_with(make_gpt) -> None:
-    gpt = make_gpt("learned")  # rotary angles are a small product of their own
+@pytest.mark.parametrize("changes", [{}, {"mlp": "gelu", "pb_relax": True, "norm_placement": "sandwich"}], ids=str)
+def test_the_flops_of_a_gpt_are_those_that_are_planned_with(make_gpt, changes: dict) -> None:
+    t = TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=48, **changes)
+    gpt = make_gpt("learned", transformer=t)  # rotary angles are a small product of their own
     layout = gpt.layout.config
     text = TextBatch(torch.zeros(2, layout.text_length, dtype=torch.long), torch.tensor([1, 3]))
     image_BI = torch.zeros(2, gpt.layout.image_length, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Train a SentencePiece text tokenizer (unigram, byte fallback).
+"""Train a SentencePiece text tokenizer (unigram or BPE, byte fallback).
 
 The corpus is the captions of data sets, lines of text files, or both.
 """
@@ -13,6 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "(default, if no --text either: the embedded shapes)")  # fmt: skip
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
                         help="a UTF-8 text file, one caption a line; may be repeated")  # fmt: skip
+    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram",
+                        help="bpe is what BPE-dropout needs (default: unigram)")  # fmt: skip
     parser.add_argument("--vocabulary-size", type=int, default=4096, help="default: 4096")
     parser.add_argument("--character-coverage", type=float, default=0.9995, help="default: 0.9995")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.model", help="where to write it")
@@ -30,7 +32,11 @@ def run(args: argparse.Namespace) -> None:
 
     if args.out.suffix != ".model":
         raise ConfigError(f"--out {args.out}: expected a name that ends in .model")
-    values = {"vocabulary_size": args.vocabulary_size, "character_coverage": args.character_coverage}
+    values = {
+        "model_type": args.model_type,
+        "vocabulary_size": args.vocabulary_size,
+        "character_coverage": args.character_coverage,
+    }
     config = build_config(TextTokenizerConfig, values, "train_tokenizer")
     corpora = {str(path): read_lines(path) for path in args.text}
     for path in args.data or ([] if args.text else [DataConfig().path]):

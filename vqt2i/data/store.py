@@ -129,16 +129,25 @@ class TokenSplit:
 
         Returns ids, int64 (B, S = `text_length`), truncated or right-padded with zeros, and how many count, (B,).
         """
-        first_B, behind_B = self._caption_starts[index_B], self._caption_starts[index_B + 1]
-        caption_B = first_B + (draw_B * (behind_B - first_B)).astype(np.int64)
-        next_B = np.minimum(caption_B + 1, behind_B)  # the same where there is no caption
-        start_B = self._text_starts[caption_B]
-        n_ids_B = np.minimum(self._text_starts[next_B] - start_B, text_length)
+        start_B, behind_B = self._places(index_B, draw_B)
+        n_ids_B = np.minimum(behind_B - start_B, text_length)
         places_S = np.arange(text_length)
         filled_BS = places_S < n_ids_B[:, None]
         ids_BS = np.zeros(filled_BS.shape, np.int64)
         ids_BS[filled_BS] = self._text_ids[(start_B[:, None] + places_S)[filled_BS]]
         return ids_BS, n_ids_B
+
+    def whole_texts(self, index_B: np.ndarray, draw_B: np.ndarray) -> list[list[int]]:
+        """The ids that `texts` gives, as many as there are."""
+        places = zip(*self._places(index_B, draw_B), strict=True)
+        return [self._text_ids[start:behind].tolist() for start, behind in places]
+
+    def _places(self, index_B: np.ndarray, draw_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the ids of the captions that are drawn begin, and where they end."""
+        first_B, behind_B = self._caption_starts[index_B], self._caption_starts[index_B + 1]
+        caption_B = first_B + (draw_B * (behind_B - first_B)).astype(np.int64)
+        next_B = np.minimum(caption_B + 1, behind_B)  # the same where there is no caption
+        return self._text_starts[caption_B], self._text_starts[next_B]
 
     def part(self, first: int, behind: int) -> TokenPart:
         """The samples from `first` up to `behind`, with everything that is known of them."""

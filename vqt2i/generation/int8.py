@@ -20,13 +20,14 @@ LARGEST = 127
 
 
 class Int8Linear(nn.Module):
-    """x Wᵀ with the weight's rows and each row of x rounded to 8 bits, every row by a scale of its own; fp32 out.
+    """x Wᵀ + b with the weight's rows and each row of x rounded to 8 bits, every row by a scale of its own; fp32 out.
 
     A scale for all of x, as in PyTorch's dynamic quantization, would make an image depend on its neighbours.
     """
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
+        self.bias = None if bias_O is None else bias_O.float()
         scale_O = (weight_OI.float().abs().amax(1).clamp_min(1e-20) / LARGEST).double()
         zero_O = torch.zeros(len(scale_O), dtype=torch.long)
         with warnings.catch_warnings():
@@ -40,7 +41,8 @@ class Int8Linear(nn.Module):
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x.float() / top, 1 / LARGEST, LARGEST + 1, self.packed
         )
-        return y.mul_(top)
+        y.mul_(top)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class Int8ImageHead(Int8Linear):
@@ -73,6 +75,6 @@ def to_int8(gpt: GPT) -> GPT:
     for module in list(twin.transformer.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child.weight))
+                setattr(module, name, Int8Linear(child.weight, child.bias))
     twin.head = Int8ImageHead(gpt)
     return twin

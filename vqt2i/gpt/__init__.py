@@ -1,7 +1,7 @@
 """The joint text and image decoder."""
 
 from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss
-from vqt2i.gpt.model import GPT, GPTConfig
+from vqt2i.gpt.model import GPT, GPTConfig, Positions
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "GPTLoss",
     "LayoutConfig",
     "LossWeights",
+    "Positions",
     "SequenceLayout",
     "Sequences",
     "caption_log_probability",

@@ -53,9 +53,7 @@ def gpt_loss(gpt: GPT, text: TextBatch, image_BI: Tensor, n_reversed: int, weigh
     text_at = {order: layout.text_targets(reversed_order=order) for order in (True, False)}
     text_hidden = torch.cat((hidden[:n, text_at[True]], hidden[n:, text_at[False]]))
     targets = torch.cat((_shifted(back.ids_BL, text_at[True]), _shifted(forth.ids_BL, text_at[False])))
-    counts = torch.cat(
-        (_shifted(back.real_BL, text_at[True]), forth.real_BL[:, text_at[False]])  # left padding: the *input* is real
-    )
+    counts = targets <= layout.eot  # not for padding, nor for the mark behind left padding
     text_nll, text_z = token_nll(gpt.text_logits(text_hidden), targets.clamp_max(layout.eot))
 
     parts = {

@@ -1,20 +1,33 @@
 """A decoder over text and image ids with a split head.
 
-B batch, L sequence, D width, A axes, V vocabulary, I image ids
+B batch, L sequence, D width, A axes, V vocabulary, I image ids, P patterns of sparse attention
 """
 
-from typing import Literal
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from vqt2i.config import Config
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
+from vqt2i.nn.attention import FLEX_HEAD_WIDTH, block_mask
 from vqt2i.nn.cache import BranchedCache, PrefixCache
+from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, SparsityConfig
 from vqt2i.nn.transformer import Rotary, Transformer, TransformerConfig
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 EMBEDDING_STD = 0.02  # GPT-2's
+# "rotary", or learned tables that are added to the embeddings: of text index, row and column ("learned", DALL·E's), of
+# text index and image index in raster order ("raster", minDALL-E's), of the index in the whole without padding
+# ("sequence", CogView's)
+Positions = Literal["rotary", "learned", "raster", "sequence"]
 
 
 class GPTConfig(Config):
@@ -22,9 +35,17 @@ class GPTConfig(Config):
 
     transformer: TransformerConfig
     layout: LayoutConfig
-    positions: Literal["rotary", "learned"] = "rotary"
+    positions: Positions = "rotary"
+    sparsity: SparsityConfig = DenseConfig()
     text_tokenizer: str
     image_tokenizer: str
+
+    @model_validator(mode="after")
+    def _pivots_are_in_the_image(self) -> GPTConfig:
+        length = SequenceLayout(self.layout).image_length
+        if isinstance(self.sparsity, PivotWindowConfig) and self.sparsity.n_pivots > length:
+            raise ValueError(f"sparsity.n_pivots {self.sparsity.n_pivots}: expected at most the image's {length} ids")
+        return self
 
 
 class SplitHead(nn.Linear):
@@ -54,11 +75,32 @@ class GPT(nn.Module):
             pairs = config.transformer.head_width // 2
             self.rotary = Rotary((pairs - 2 * (pairs // 4), pairs // 4, pairs // 4), (10_000.0, 100.0, 100.0))
         else:
-            sizes = (config.layout.text_length + 2, config.layout.grid_height + 1, config.layout.grid_width + 1)
+            layout, text_size = config.layout, config.layout.text_length + 2
+            sizes = {
+                "learned": (text_size, layout.grid_height + 1, layout.grid_width + 1),
+                "raster": (text_size, self.layout.image_length + 1),
+                "sequence": (self.layout.length,),
+            }[config.positions]
             self.position_embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        self.patterns = config.sparsity.patterns(config.transformer.n_layers)
+        if not isinstance(config.sparsity, DenseConfig):
+            self.register_buffer("visible_PII", self._visible(), persistent=False)
         for table in (m for m in self.modules() if isinstance(m, nn.Embedding)):
             nn.init.normal_(table.weight, std=EMBEDDING_STD)
         nn.init.normal_(self.head.weight, std=width**-0.5)
+
+    def _visible(self) -> Tensor:
+        """What an image position may see of the image, for each pattern in `patterns`; NumPy has no meta device."""
+        grid = (self.config.layout.grid_height, self.config.layout.grid_width)
+        names = dict.fromkeys(self.patterns)
+        return torch.from_numpy(np.stack([self.config.sparsity.visible(name, *grid) for name in names]))
+
+    def visible_by_layer(self) -> list[Tensor] | None:
+        """For each layer, bool (I, I): which image positions an image position may look at; None is all up to it."""
+        if isinstance(self.config.sparsity, DenseConfig):
+            return None
+        by_name = dict(zip(dict.fromkeys(self.patterns), self.visible_PII, strict=True))
+        return [by_name[name] for name in self.patterns]
 
     @torch.no_grad()
     def start_from_codes(self, codes_KD: Tensor) -> None:
@@ -81,7 +123,7 @@ class GPT(nn.Module):
     def forward(self, sequences: Sequences) -> Tensor:
         """Last hidden states (B, L, D) of whole sequences; `text_logits` and `image_logits` score slices of them."""
         x_BLD, cos_sin = self._embed(sequences)
-        return self.transformer(x_BLD, mask_B1LK=sequences.causal_mask(), causal=True, cos_sin=cos_sin)
+        return self.transformer(x_BLD, mask_B1LK=self._masks(sequences), causal=True, cos_sin=cos_sin)
 
     def text_logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the text ids and EOT, (B, L, n_text_ids + 1)."""
@@ -116,14 +158,48 @@ class GPT(nn.Module):
 
         Returns the logits after each of the last `n_scored` of them, (B, n_scored, n_image_ids).
         """
-        x_BLD, cos_sin = self._embed(self.layout.image_part(image_BI, cache.n_filled))
-        hidden = self.transformer(x_BLD, cos_sin=cos_sin, cache=cache)
+        first, n = cache.n_filled, image_BI.shape[1]
+        before_B = cache.n_before_B if self.config.positions == "sequence" else None
+        x_BLD, cos_sin = self._embed(self.layout.image_part(image_BI, first), before_B)
+        visible = self.visible_by_layer()
+        masks = visible and [seen[None, None, first : first + n, : first + n] for seen in visible]
+        hidden = self.transformer(x_BLD, mask_B1LK=masks, cos_sin=cos_sin, cache=cache)
         return self.image_logits(hidden[:, -n_scored:])
 
-    def _embed(self, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _masks(self, sequences: Sequences) -> Tensor | list[Tensor | BlockMask]:
+        """What each position sees, (B, 1, L, L): one mask for all layers or one for each."""
+        causal_B1LL, visible = sequences.causal_mask(), self.visible_by_layer()
+        if visible is None:
+            return causal_B1LL
+        index_BL = self.layout.image_index(sequences) + 1
+        masks = {}
+        for name, seen_II in zip(self.patterns, visible, strict=True):
+            if name not in masks:
+                seen = F.pad(seen_II, (1, 0, 1, 0), value=True)  # by and of what is no image
+                mask_B1LL = causal_B1LL & seen[index_BL[:, :, None], index_BL[:, None, :]].unsqueeze(1)
+                masks[name] = block_mask(mask_B1LL) if self._in_blocks(mask_B1LL.device) else mask_B1LL
+        return [masks[name] for name in self.patterns]
+
+    def _in_blocks(self, device: torch.device) -> bool:
+        """Whether attention is to leave out what is hidden from whole blocks: where FlexAttention can, in training."""
+        t = self.config.transformer
+        plain = not t.pb_relax and not t.dropout and t.head_width >= FLEX_HEAD_WIDTH
+        return device.type == "cuda" and torch.is_grad_enabled() and plain
+
+    def _embed(
+        self, sequences: Sequences, n_before_B: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """n_before_B: real positions before the first of these; None is none."""
         x_BLD = self.embedding(sequences.ids_BL)
         if self.config.positions == "rotary":
             return x_BLD, self.rotary(sequences.positions_BLA)
-        for axis, table in enumerate(self.position_embeddings):
-            x_BLD = x_BLD + table(sequences.positions_BLA[..., axis])
+        if self.config.positions == "learned":
+            indices = sequences.positions_BLA.unbind(-1)
+        elif self.config.positions == "raster":
+            indices = (sequences.positions_BLA[..., 0], self.layout.image_index(sequences) + 1)
+        else:
+            index_BL = (sequences.real_BL.cumsum(1) - 1).clamp_min(0)
+            indices = (index_BL if n_before_B is None else index_BL + n_before_B[:, None],)
+        for table, index_BL in zip(self.position_embeddings, indices, strict=True):
+            x_BLD = x_BLD + table(index_BL)
         return x_BLD, None

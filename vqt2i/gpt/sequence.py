@@ -1,12 +1,17 @@
 """Where text ends and image begins: the only file that knows.
 
-One id space:  [text ids | EOT | image ids | PAD T2I I2T BOI BOT]. The text head scores text ids and EOT, the image head
-image ids; the specials after them are inputs only.
+One id space:  [text ids | EOT | image ids | PAD T2I I2T BOI BOT | P₁ … P_S]. The text head scores text ids and EOT, the
+image head image ids; the specials after them are inputs only.
 
 Two orders of equal length S + 3 + I, for texts of at most S ids and images of I ids:
 
     text → image    PAD … PAD T2I t₁ … tₙ EOT | BOI i₁ … i_I        left-padded: one index for image token k
     image → text    I2T i₁ … i_I BOT | t₁ … tₙ EOT PAD … PAD
+
+PAD is seen by nothing. With learned padding there are ids of its own for it, which are seen, one for each place that a
+text may leave free (DALL·E, Ramesh et al. 2021, arXiv 2102.12092, §2.2):
+
+    text → image    T2I t₁ … tₙ EOT Pₙ₊₁ … P_S | BOI i₁ … i_I
 
 Positions have three axes (text, row, column): a text token is (k, 0, 0) counted from its own start, so that padding
 changes nothing; an image token is (0, row + 1, column + 1); marks are (0, 0, 0), EOT follows its text.
@@ -16,9 +21,10 @@ B batch, S longest text, I image ids, L sequence, A axes
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -49,13 +55,17 @@ class Sequences(NamedTuple):
 
 
 class LayoutConfig(Config):
-    """Sizes of a sequence; they follow from the tokenizers and the longest text."""
+    """Sizes of a sequence; they follow from the tokenizers and the longest text.
+
+    padding: of texts before an image, "masked" or "learned".
+    """
 
     n_text_ids: PositiveInt
     n_image_ids: PositiveInt
     text_length: PositiveInt
     grid_height: PositiveInt
     grid_width: PositiveInt
+    padding: Literal["masked", "learned"] = "masked"
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,12 @@ class SequenceLayout:
         return self.pad + 4
 
     @property
-    def n_ids(self) -> int:
+    def first_learned_pad(self) -> int:
         return self.pad + 5
+
+    @property
+    def n_ids(self) -> int:
+        return self.first_learned_pad + (self.config.text_length if self.config.padding == "learned" else 0)
 
     @property
     def n_targets(self) -> int:
@@ -117,14 +131,20 @@ class SequenceLayout:
     def text_prefix(self, text: TextBatch) -> Sequences:
         """PAD … T2I text EOT BOI: what stands before the image in the order text → image.
 
-        Its length is S + 3: `prefix_length` for texts padded to `text_length`; decoding pads them less.
+        Its length is S + 3: `prefix_length` for texts padded to `text_length`; decoding pads them less, unless padding
+        is learned.
         """
+        learned = self.config.padding == "learned"
+        if learned:
+            text = text._replace(ids_BS=F.pad(text.ids_BS, (0, self.config.text_length - text.ids_BS.shape[1])))
         S, n_B1 = text.ids_BS.shape[1], text.n_ids_B[:, None]
         slot_1L = torch.arange(S + 2, device=text.ids_BS.device)[None]
-        order_BL = slot_1L - (S - n_B1)  # 0 at T2I, 1..n in the text, n + 1 at EOT, negative in the padding
+        # 0 at T2I, 1..n in the text, n + 1 at EOT, negative in masked padding, above in learned padding
+        order_BL = slot_1L.expand(len(n_B1), -1) if learned else slot_1L - (S - n_B1)
         inner = torch.gather(text.ids_BS, 1, (order_BL - 1).clamp(0, S - 1))
         ids = torch.where(order_BL <= 0, self.t2i, torch.where(order_BL == n_B1 + 1, self.eot, inner))
         ids = torch.where(order_BL < 0, self.pad, ids)
+        ids = torch.where(order_BL > n_B1 + 1, self.first_learned_pad + order_BL - 2, ids)
         boi = torch.full_like(ids[:, :1], self.boi)
         positions = torch.zeros(*ids.shape[:1], S + 3, 3, dtype=torch.long, device=ids.device)
         positions[:, : S + 2, 0] = order_BL.clamp_min(0)
@@ -140,6 +160,11 @@ class SequenceLayout:
         positions = coordinates.expand(image_BI.shape[0], n, 3)
         return Sequences(image_BI + self.first_image_id, positions, torch.ones_like(image_BI, dtype=torch.bool))
 
+    def image_index(self, sequences: Sequences) -> Tensor:
+        """Number of each image token in raster order, (B, L), from 0; -1 for what is no image token."""
+        row, column = sequences.positions_BLA[..., 1:].unbind(-1)
+        return torch.where(column > 0, (row - 1) * self.config.grid_width + column - 1, -1)
+
     def join(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """text → image, length `length`."""
         prefix, image = self.text_prefix(text), self.image_part(image_BI)
@@ -150,7 +175,7 @@ class SequenceLayout:
         S, n_B1 = self.config.text_length, text.n_ids_B[:, None]
         image = self.image_part(image_BI)
         order_BL = torch.arange(S + 1, device=image_BI.device)[None].expand(len(image_BI), -1)
-        inner = torch.nn.functional.pad(text.ids_BS, (0, 1))
+        inner = F.pad(text.ids_BS, (0, 1))
         ids = torch.where(order_BL < n_B1, inner, torch.where(order_BL == n_B1, self.eot, self.pad))
         mark = torch.ones_like(image_BI[:, :1])
         zero = torch.zeros_like(image.positions_BLA[:, :1])

@@ -9,30 +9,110 @@ PyTorch's is as fast: 63 ms against 53 on one thread, 37 against 38 on two.
 B batch, G prefixes, N heads, L sequence (queries), K keys, P prefix length, S length after the prefix, H head width
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+RELAXATION = 32.0  # α of PB-relax, CogView's
+FLEX_HEAD_WIDTH = 16  # the least that FlexAttention has kernels for
 BLOCK = 64  # queries; of 48, 64, 96 and 128 the fastest for 98, 160 and 376 positions, one thread of an AVX512 CPU
 
 
 def attention(
-    q_BNLH: Tensor, k_BNKH: Tensor, v_BNKH: Tensor, mask_B1LK: Tensor | None, *, causal: bool, dropout: float = 0.0
+    q_BNLH: Tensor,
+    k_BNKH: Tensor,
+    v_BNKH: Tensor,
+    mask_B1LK: Tensor | BlockMask | None,
+    *,
+    causal: bool,
+    relaxed: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q kᵀ / √H) v, for a mask (bool, true where a query may look); every query must see at least one key.
 
     Args:
         causal: whether the mask is square and hides every later position, so that kernels may leave those out.
+        relaxed: by `relaxed_attention`.
     """
+    if not isinstance(mask_B1LK, Tensor | None):
+        return _flex_attention()(q_BNLH, k_BNKH, v_BNKH, block_mask=mask_B1LK)
+    if relaxed:
+        return relaxed_attention(q_BNLH, k_BNKH, v_BNKH, mask_B1LK, dropout=dropout)
     if causal and q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16 and not dropout:
         return causal_attention(q_BNLH, k_BNKH, v_BNKH, mask_B1LK)
     return F.scaled_dot_product_attention(q_BNLH, k_BNKH, v_BNKH, attn_mask=mask_B1LK, dropout_p=dropout)
 
 
+def _flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function)  # without, FlexAttention would hold all scores
+
+
+def block_mask(mask_B1LL: Tensor) -> BlockMask:
+    """The mask for FlexAttention, which leaves out blocks of 128 x 128 in which nothing is seen.
+
+    Of 256 + 32 x 32 positions these are 66 % for rows, 45 % for columns and 60 % for 11 x 11 convolutions, where
+    causality alone makes it 45 %. For training on CUDA (where it has not been run) only: on CPUs FlexAttention has no
+    backward pass, though its forward pass of 4 heads takes 22, 35 and 23 ms where masked attention takes 36, 45 and 38.
+    """
+    # here, for the import takes a second
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return mask_B1LL[b, 0, q, k]
+
+    batch, _, length, _ = mask_B1LL.shape
+    return create_block_mask(seen, batch, None, length, length, device=mask_B1LL.device)
+
+
+def relaxed_attention(
+    q_BNLH: Tensor, k_BNKH: Tensor, v_BNKH: Tensor, mask_B1LK: Tensor | None, *, dropout: float = 0.0
+) -> Tensor:
+    """The same function by Precision Bottleneck Relaxation (CogView, Ding et al. 2021, arXiv 2105.13290, §2.4).
+
+    softmax((s - max s) α) v with s = (q / (α √H)) kᵀ: what is multiplied is α times smaller, so that scores that 16
+    bits cannot hold never are. It is for products that are kept in 16 bits, as here (and costs their memory); kernels
+    that keep scores in fp32, such as PyTorch's for plain attention, need none of it.
+    """
+    scores = (q_BNLH * (q_BNLH.shape[-1] ** -0.5 / RELAXATION)) @ k_BNKH.mT
+    if mask_B1LK is not None:
+        scores = torch.where(mask_B1LK, scores, -torch.inf)
+    p = _relaxed(scores).softmax(-1, dtype=torch.float32).to(v_BNKH.dtype)
+    return F.dropout(p, dropout) @ v_BNKH
+
+
+def _relaxed(scores: Tensor) -> Tensor:
+    """The scores as they would be without division by α, but for a constant in each row: at most 0."""
+    return (scores - scores.detach().amax(-1, keepdim=True)) * RELAXATION
+
+
 def attention_after_prefix(
-    q_BNLH: Tensor, k_GNPH: Tensor, v_GNPH: Tensor, hidden_GP: Tensor | None, k_BNSH: Tensor, v_BNSH: Tensor
+    q_BNLH: Tensor,
+    k_GNPH: Tensor,
+    v_GNPH: Tensor,
+    hidden_GP: Tensor | None,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    seen_LS: Tensor | None = None,
+    *,
+    relaxed: bool = False,
 ) -> Tensor:
     """Causal attention of rows that share prefixes, B / G rows side by side for each.
 
@@ -42,19 +122,24 @@ def attention_after_prefix(
 
     Args:
         hidden_GP: true for the padding of the prefixes; None if there is none.
+        seen_LS: true for what a query may see of its row's own positions, nothing later; None is all up to it.
+        relaxed: scores as in `relaxed_attention`.
     """
     n_prefixes, n_queries, n_own = len(k_GNPH), q_BNLH.shape[2], k_BNSH.shape[2]
     stack, unstack = "(g c) n l x -> g n (c l) x", "g n (c l) x -> (g c) n l x"
     with torch.autocast(q_BNLH.device.type, enabled=False):
-        q = q_BNLH.to(k_BNSH.dtype) * q_BNLH.shape[-1] ** -0.5
+        q = q_BNLH.to(k_BNSH.dtype) * (q_BNLH.shape[-1] ** -0.5 / (RELAXATION if relaxed else 1.0))
         shared = rearrange(q, stack, g=n_prefixes) @ k_GNPH.mT
         if hidden_GP is not None:
             shared.masked_fill_(hidden_GP[:, None, None], -torch.inf)
         own = q @ k_BNSH.mT
-        if n_queries > 1:
+        if seen_LS is None and n_queries > 1:
             seen_LS = torch.ones(n_queries, n_own, dtype=torch.bool, device=q.device).tril(n_own - n_queries)
+        if seen_LS is not None:
             own.masked_fill_(~seen_LS, -torch.inf)
         scores = torch.cat((rearrange(shared, unstack, l=n_queries), own), dim=-1)
+        if relaxed:
+            scores = _relaxed(scores)
         shared, own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((k_GNPH.shape[2], n_own), dim=-1)
         y = rearrange(rearrange(shared, stack, g=n_prefixes) @ v_GNPH, unstack, l=n_queries) + own @ v_BNSH
     return y.to(q_BNLH.dtype)

@@ -37,10 +37,10 @@ class PrefixCache:
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
 
     def attend(
-        self, layer: int, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, mask_B1LK: Tensor | None, *, causal: bool
+        self, layer: int, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, mask_B1LK: Tensor | None, **how: bool
     ) -> Tensor:
-        """Store new keys and values and return what the queries find in all."""
-        return attention(q_BNLH, *self.append(layer, k_BNLH, v_BNLH), mask_B1LK, causal=causal)
+        """Store new keys and values and return what the queries find in all; `how`: as `attention` takes it."""
+        return attention(q_BNLH, *self.append(layer, k_BNLH, v_BNLH), mask_B1LK, **how)
 
     def advance(self, n: int) -> None:
         """Count `n` positions, stored by every layer, as valid."""
@@ -62,13 +62,28 @@ class Branches:
         self.hidden_GP = None if real_GP.all() else ~real_GP
         self.kv = self.prefix_kv.new_zeros(n_layers, 2, self.n_rows, n_heads, length, head_width)
 
-    def attend(self, layer: int, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
-        """Store new keys and values; what each query finds in its prefix and among its row's positions up to it."""
+    @property
+    def n_before_B(self) -> Tensor:
+        """How many real positions each row has: its prefix's and its own."""
+        length = self.prefix_kv.shape[-2]
+        if self.hidden_GP is None:
+            return torch.full((self.n_rows,), length + self.n_filled, device=self.kv.device)
+        real_G = length - self.hidden_GP.sum(1)
+        return real_G.repeat_interleave(self.n_rows // len(real_G)) + self.n_filled
+
+    def attend(
+        self, layer: int, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, seen_LS: Tensor | None, *, relaxed: bool
+    ) -> Tensor:
+        """Store new keys and values; what each query finds in its prefix and among its row's positions up to it.
+
+        Args:
+            seen_LS: true for those of the row's own positions that a query may see; None is all.
+        """
         end = self.n_filled + k_BNLH.shape[2]
         own_kv = self.kv[layer, :, :, :, :end]
         own_kv[0, :, :, self.n_filled :] = k_BNLH
         own_kv[1, :, :, self.n_filled :] = v_BNLH
-        return attention_after_prefix(q_BNLH, *self.prefix_kv[layer], self.hidden_GP, *own_kv)
+        return attention_after_prefix(q_BNLH, *self.prefix_kv[layer], self.hidden_GP, *own_kv, seen_LS, relaxed=relaxed)
 
 
 class BranchedCache:
@@ -83,13 +98,27 @@ class BranchedCache:
         (n,) = {branches.n_filled for branches in self.branches}
         return n
 
+    @property
+    def n_before_B(self) -> Tensor:
+        """How many real positions stand before the next one of each row."""
+        return torch.cat([branches.n_before_B for branches in self.branches])
+
     def attend(
-        self, layer: int, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, mask_B1LK: None, *, causal: bool
+        self,
+        layer: int,
+        q_BNLH: Tensor,
+        k_BNLH: Tensor,
+        v_BNLH: Tensor,
+        mask_B1LK: Tensor | None,
+        *,
+        causal: bool,
+        relaxed: bool,
     ) -> Tensor:
-        """As `Branches.attend`, which needs no mask."""
+        """As `Branches.attend`; the mask is of the rows' own positions, (1, 1, L, S), as many in each."""
         sizes = [branches.n_rows for branches in self.branches]
+        seen_LS = None if mask_B1LK is None else mask_B1LK[0, 0]
         rows = zip(self.branches, *(x.split(sizes) for x in (q_BNLH, k_BNLH, v_BNLH)), strict=True)
-        return torch.cat([branches.attend(layer, q, k, v) for branches, q, k, v in rows])
+        return torch.cat([branches.attend(layer, q, k, v, seen_LS, relaxed=relaxed) for branches, q, k, v in rows])
 
     def advance(self, n: int) -> None:
         """Count `n` positions, stored by every layer, as valid."""

@@ -1,15 +1,18 @@
-"""Transformer parts shared by the GPT and the scorer: pre-norm blocks, SwiGLU, qk-norm, rotary positions.
+"""Transformer parts shared by the GPT and the scorer: norms, attention, MLPs, blocks, rotary positions.
 
 B batch, L sequence (queries), K keys, D width, N heads, H head width, A axes of a position
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,19 +20,37 @@ from vqt2i.config import Config
 from vqt2i.nn.attention import attention
 from vqt2i.nn.cache import BranchedCache, PrefixCache
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 
 class TransformerConfig(Config):
-    """Pre-norm blocks: RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), qk-norm (Henry et al. 2020)."""
+    """The defaults are RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020) and qk-norm (Henry et al. 2020).
+
+    norm: "layer" is LayerNorm (Ba et al. 2016), "scaled_layer" LayerNorm of x / max|x| (see `ScaledLayerNorm`).
+    norm_placement: "pre" has a norm before attention and MLP, "sandwich" one behind them too, at the end of the
+        residual branch (Sandwich-LN: CogView, Ding et al. 2021, arXiv 2105.13290, §2.4).
+    mlp: "gelu" is exact, "gelu_tanh" its approximation by tanh, "gelu_quick" x * sigmoid(1.702 x) (Hendrycks & Gimpel
+        2016, arXiv 1606.08415).
+    bias: of all linear maps; LayerNorms always have one.
+    pb_relax: attention scores that fit 16 bits (see `relaxed_attention`).
+    """
 
     width: PositiveInt = 256
     n_layers: PositiveInt = 6
     n_heads: PositiveInt = 4
+    norm: Literal["rms", "layer", "scaled_layer"] = "rms"
+    norm_eps: PositiveFloat = 1e-6
+    norm_placement: Literal["pre", "sandwich"] = "pre"
+    mlp: Literal["swiglu", "gelu", "gelu_tanh", "gelu_quick"] = "swiglu"
     mlp_width: PositiveInt = 640
+    bias: bool = False
     qk_norm: bool = True
+    pb_relax: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "TransformerConfig":
+    def _heads_divide_width(self) -> TransformerConfig:
         if self.width % self.n_heads or (self.width // self.n_heads) % 4:
             raise ValueError(f"width {self.width} must be n_heads ({self.n_heads}) times a multiple of 4")
         return self
@@ -54,7 +75,7 @@ class Rotary(nn.Module):
             start += n_pairs
         self.register_buffer("frequencies_AP", rows, persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """What `.to` and `.bfloat16` call. Frequencies stay fp32: rounded ones would turn by other angles."""
         exact_AP = self.frequencies_AP
         super()._apply(fn, recurse)
@@ -75,22 +96,43 @@ def rotate(x_BNLH: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+class ScaledLayerNorm(nn.LayerNorm):
+    """LayerNorm(x / max|x|), so that no square of x leaves the range of 16 bits (CogView, arXiv 2105.13290, §2.4).
+
+    LayerNorm does not see the scale of its input but for `eps`. The maximum is that of each position, where CogView's
+    code takes that of the whole batch: a row shall not depend on its neighbours.
+    """
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        top_BL1 = x_BLD.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x_BLD.dtype).tiny)
+        return super().forward(x_BLD / top_BL1)
+
+
+NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "scaled_layer": ScaledLayerNorm}
+
+
+def build_norm(config: TransformerConfig) -> nn.Module:
+    """A norm over the model's width."""
+    return NORMS[config.norm](config.width, eps=config.norm_eps)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with optional qk-norm, rotary positions and cache."""
+    """Multi-head self-attention with optional qk-norm, PB-relax, rotary positions and cache."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.n_heads, self.dropout, self.layer = config.n_heads, config.dropout, layer
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.relaxed = config.pb_relax
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
         x_BLD: Tensor,
         *,
-        mask_B1LK: Tensor | None,
+        mask_B1LK: Tensor | BlockMask | None,
         causal: bool = False,
         cos_sin: tuple[Tensor, Tensor] | None,
         cache: PrefixCache | BranchedCache | None,
@@ -101,10 +143,11 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if cos_sin is not None:
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        how = {"causal": causal, "relaxed": self.relaxed}
         if cache is None:
-            y = attention(q, k, v, mask_B1LK, causal=causal, dropout=self.dropout if self.training else 0.0)
+            y = attention(q, k, v, mask_B1LK, dropout=self.dropout if self.training else 0.0, **how)
         else:
-            y = cache.attend(self.layer, q, k, v, mask_B1LK, causal=causal)
+            y = cache.attend(self.layer, q, k, v, mask_B1LK, **how)
         return self.out(rearrange(y, "b n l h -> b l (n h)"))
 
 
@@ -113,29 +156,54 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): CLIP's."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+GELUS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu_quick": quick_gelu}
+
+
+class GELUMLP(nn.Module):
+    """down(gelu(up(x)))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_width, bias=config.bias)
+        self.gelu = GELUS[config.mlp]
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gelu(self.up(x)))
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with a norm around each branch too if they are sandwiched."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        sandwich = config.norm_placement == "sandwich"
+        self.attention_norm = build_norm(config)
         self.attention = Attention(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.mlp = SwiGLU(config)
+        self.attention_out_norm = build_norm(config) if sandwich else nn.Identity()
+        self.mlp_norm = build_norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELUMLP(config)
+        self.mlp_out_norm = build_norm(config) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BLD: Tensor, **attention: Any) -> Tensor:
         """attention: what `Attention` takes besides its input."""
-        x_BLD = x_BLD + self.dropout(self.attention(self.attention_norm(x_BLD), **attention))
-        return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))
+        branch = self.attention(self.attention_norm(x_BLD), **attention)
+        x_BLD = x_BLD + self.dropout(self.attention_out_norm(branch))
+        return x_BLD + self.dropout(self.mlp_out_norm(self.mlp(self.mlp_norm(x_BLD))))
 
 
 class Transformer(nn.Module):
@@ -150,7 +218,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm = build_norm(config)
         self._initialise(config)
 
     def _initialise(self, config: TransformerConfig) -> None:
@@ -160,12 +228,14 @@ class Transformer(nn.Module):
                 out = name.endswith(("out.weight", "down.weight"))
                 std = config.width**-0.5 * ((2 * config.n_layers) ** -0.5 if out else 1.0)
                 nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
         x_BLD: Tensor,
         *,
-        mask_B1LK: Tensor | None = None,
+        mask_B1LK: Tensor | Sequence[Tensor | BlockMask] | None = None,
         causal: bool = False,
         cos_sin: tuple[Tensor, Tensor] | None = None,
         cache: PrefixCache | BranchedCache | None = None,
@@ -173,16 +243,18 @@ class Transformer(nn.Module):
         """Hidden states (B, L, D) after the last norm.
 
         Args:
-            mask_B1LK: bool, true where a query may look; every query must see at least one key. A `BranchedCache` has
-                its own and takes None.
+            mask_B1LK: bool, true where a query may look; every query must see at least one key. One for all layers or
+                one for each. With a `BranchedCache` it is as that takes it.
             causal: whether the mask is square and hides every later position, so that kernels may leave those out.
         """
-        attention = {"mask_B1LK": mask_B1LK, "causal": causal, "cos_sin": cos_sin, "cache": cache}
-        for block in self.blocks:
+        attention = {"causal": causal, "cos_sin": cos_sin, "cache": cache}
+        one_for_all = mask_B1LK is None or isinstance(mask_B1LK, Tensor)
+        masks = [mask_B1LK] * len(self.blocks) if one_for_all else mask_B1LK
+        for block, mask in zip(self.blocks, masks, strict=True):
             if self.activation_checkpointing and self.training:
-                x_BLD = checkpoint(block, x_BLD, **attention, use_reentrant=False)
+                x_BLD = checkpoint(block, x_BLD, mask_B1LK=mask, **attention, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, **attention)
+                x_BLD = block(x_BLD, mask_B1LK=mask, **attention)
         if cache is not None:
             cache.advance(x_BLD.shape[1])
         return self.norm(x_BLD)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from vqt2i.errors import CheckpointError
 from vqt2i.files import sha256_of_parts
@@ -53,6 +54,20 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end marks. The empty text gives no ids."""
         return self._processor.EncodeAsIds(clean_text(text))
+
+    def sample(self, text: str, dropout: float, seed: int) -> list[int]:
+        """Ids of a text as `encode`, but each merge is left out with this probability, drawn from the seed.
+
+        BPE-dropout (Provilkov et al. 2020, arXiv 1910.13267), by SentencePiece's sampling; for BPE models only.
+        """
+        assert self.is_bpe
+        sentencepiece.set_random_generator_seed(seed)
+        return self._processor.EncodeAsIds(clean_text(text), enable_sampling=True, alpha=dropout, nbest_size=-1)
+
+    @property
+    def is_bpe(self) -> bool:
+        """Whether the ids come from merges, and not from the likeliest split (unigram)."""
+        return ModelProto.FromString(self.model).trainer_spec.model_type == TrainerSpec.BPE
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""

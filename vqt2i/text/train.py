@@ -1,4 +1,4 @@
-"""Train a SentencePiece unigram model (Kudo 2018) with byte fallback."""
+"""Train a SentencePiece model with byte fallback."""
 
 import io
 import re
@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sentencepiece
 from pydantic import Field, PositiveInt
@@ -24,8 +24,12 @@ _MAX_WORD = 100  # characters of a word that are searched for pieces; longer one
 
 
 class TextTokenizerConfig(Config):
-    """vocabulary_size counts the 256 bytes of the fallback; character_coverage leaves rarer characters to them."""
+    """vocabulary_size counts the 256 bytes of the fallback; character_coverage leaves rarer characters to them.
 
+    model_type: "unigram" (Kudo 2018) or "bpe" (Sennrich et al. 2016), of which BPE-dropout needs the latter.
+    """
+
+    model_type: Literal["unigram", "bpe"] = "unigram"
     vocabulary_size: PositiveInt = 4096
     character_coverage: float = Field(0.9995, gt=0.9, le=1)
 
@@ -51,9 +55,10 @@ def train_text_tokenizer(texts: Iterable[str], config: TextTokenizerConfig) -> T
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tsv") as seeds:
             seeds.writelines(f"{piece}\t{score}\n" for piece, score in _candidates(words).items())
             seeds.flush()
+            own = {"seed_sentencepieces_file": seeds.name} if config.model_type == "unigram" else {}
             sentencepiece.SentencePieceTrainer.Train(
                 sentence_iterator=(f"{word}\t{count}" for word, count in words.items()), input_format="tsv",
-                seed_sentencepieces_file=seeds.name, model_writer=model, model_type="unigram",
+                model_writer=model, model_type=config.model_type, **own,
                 vocab_size=config.vocabulary_size, character_coverage=config.character_coverage,
                 byte_fallback=True, normalization_rule_name=_NORMALISATION, split_digits=True,
                 hard_vocab_limit=False, num_threads=1, minloglevel=2, max_sentence_length=100_000,

@@ -49,7 +49,8 @@ class SampleSource(Protocol):
 class ImageSamples:
     """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language.
 
-    A stream is for training only: it has no length.
+    A stream is for training only: it has no length. bpe_dropout: of merges of a caption, drawn anew at each visit where
+    batches are augmented.
     """
 
     split: Split | Stream
@@ -57,6 +58,7 @@ class ImageSamples:
     tokenizer: TextTokenizer | None
     seed: int
     variants: Variants = "centre"
+    bpe_dropout: float = 0.0
 
     def __len__(self) -> int:
         return len(self.split)
@@ -69,16 +71,24 @@ class ImageSamples:
             pair = self.split[index]
             images.append(fit_variant(pair.image_HW3, self.size_px, self.variants, variant))
             captions = [c for captions in pair.captions.values() for c in captions] if self.tokenizer else []
-            texts.append(self.tokenizer.encode(captions[int(u * len(captions))]) if captions else [])
-        text = None if text_length is None else pad_texts(texts, text_length)
+            texts.append(captions[int(u * len(captions))] if captions else "")
+        text = None
+        if text_length is not None:
+            dropout = self.bpe_dropout if augment else 0.0
+            text = pad_texts(_encoded(self.tokenizer, texts, dropout, self.seed, visits), text_length)
         return Batch(to_tensor(np.stack(images)), None, text, _chances(self.seed, visits))
 
 
 class TokenSamples:
-    """Samples from a token store: the codes and captions that `ImageSamples` of the same seed gives."""
+    """Samples from a token store: the codes and captions that `ImageSamples` of the same seed gives.
 
-    def __init__(self, split: TokenSplit, seed: int) -> None:
-        self.split, self.seed = split, seed
+    For BPE-dropout captions are read from their ids and split anew, by the tokenizer that made them.
+    """
+
+    def __init__(
+        self, split: TokenSplit, seed: int, tokenizer: TextTokenizer | None = None, bpe_dropout: float = 0.0
+    ) -> None:
+        self.split, self.seed, self.tokenizer, self.bpe_dropout = split, seed, tokenizer, bpe_dropout
 
     def __len__(self) -> int:
         return len(self.split)
@@ -87,10 +97,20 @@ class TokenSamples:
         variant_B = _variants(self.split.n_variants if augment else 1, self.seed, visits)
         image_ids = torch.from_numpy(self.split.image_ids(visits.index_B, variant_B))
         text = None
-        if text_length is not None:
-            texts = self.split.texts(visits.index_B, draw("caption", self.seed, visits), text_length)
-            text = TextBatch(*map(torch.from_numpy, texts))
+        caption_draw_B = draw("caption", self.seed, visits)
+        if text_length is not None and self.bpe_dropout and augment:
+            texts = [self.tokenizer.decode(ids) for ids in self.split.whole_texts(visits.index_B, caption_draw_B)]
+            text = pad_texts(_encoded(self.tokenizer, texts, self.bpe_dropout, self.seed, visits), text_length)
+        elif text_length is not None:
+            text = TextBatch(*map(torch.from_numpy, self.split.texts(visits.index_B, caption_draw_B, text_length)))
         return Batch(None, image_ids, text, _chances(self.seed, visits))
+
+
+def _encoded(tokenizer: TextTokenizer, texts: list[str], dropout: float, seed: int, visits: Visits) -> list[list[int]]:
+    if not dropout:
+        return [tokenizer.encode(text) if text else [] for text in texts]
+    seeds = (draw("merges", seed, visits) * 2**24).astype(np.int64).tolist()
+    return [tokenizer.sample(text, dropout, s) for text, s in zip(texts, seeds, strict=True)]
 
 
 def _variants(n: int, seed: int, visits: Visits) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Training of the GPT, from images or from a token store."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from vqt2i.data.shards import Split
 from vqt2i.errors import ConfigError
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
+from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, Positions, gpt_loss
+from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
 from vqt2i.text import TextBatch, TextTokenizer
@@ -62,7 +64,8 @@ class GPTRunConfig(Config):
     text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
         folder, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are yet to be trained
         (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the images once,
-        "images" at every step.
+        "images" at every step. padding: as in `LayoutConfig`. bpe_dropout: probability that a merge of the text
+        tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1, arXiv 2102.12092, §2.2).
     """
 
     name: str = "gpt"
@@ -72,8 +75,11 @@ class GPTRunConfig(Config):
     sizes: TokenizerSizes | None = None
     source: Literal["store", "images"] = "store"
     text_length: PositiveInt = 32
+    padding: Literal["masked", "learned"] = "masked"
+    bpe_dropout: float = Field(0.0, ge=0, lt=1)
     transformer: TransformerConfig = TransformerConfig()
-    positions: Literal["rotary", "learned"] = "rotary"
+    positions: Positions = "rotary"
+    sparsity: SparsityConfig = DenseConfig()
     training: GPTTrainingConfig = GPTTrainingConfig()
     trainer: TrainerConfig = TrainerConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -96,8 +102,9 @@ class GPTRunConfig(Config):
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
         return GPTConfig(
             transformer=self.transformer,
-            layout=LayoutConfig(text_length=self.text_length, **sizes.model_dump()),
+            layout=LayoutConfig(text_length=self.text_length, padding=self.padding, **sizes.model_dump()),
             positions=self.positions,
+            sparsity=self.sparsity,
             text_tokenizer=text_tokenizer,
             image_tokenizer=image_tokenizer,
         )
@@ -210,6 +217,9 @@ def train_gpt(
     """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)
     tokenizer = TextTokenizer.load(config.text_tokenizer)
+    if config.bpe_dropout and not tokenizer.is_bpe:
+        raise ConfigError(f"bpe_dropout {config.bpe_dropout}: {config.text_tokenizer} is a unigram model, which merges "
+                          "nothing; train one by tools/train_tokenizer.py --model-type bpe")  # fmt: skip
     gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint)
     world, device = find_world(config.trainer.devices), pick_device()
     micro_batch_size = config.trainer.micro_batch_size(world.size)
@@ -226,9 +236,12 @@ def train_gpt(
     if config.source == "store":
         splits, variants = (config.data.train_split, config.data.validation_split), config.data.variants
         store = ensure_store(dataset, vq, tokenizer, splits, variants=variants, n_workers=config.trainer.n_workers)
-        samples = tuple(TokenSamples(store.split(split), seed) for split in splits)
+        samples = [TokenSamples(store.split(split), seed, tokenizer, config.bpe_dropout) for split in splits]
     else:
-        samples = image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
+        samples = [
+            replace(source, bpe_dropout=config.bpe_dropout)
+            for source in image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
+        ]
     with valued_by_first_rank(ds_json):
         gpt = GPT(gpt_config)
         gpt.start_from_codes(vq.quantizer.codes())

@@ -133,7 +133,8 @@ def training_flops(config: GPTConfig) -> int:
     """
     t, layout = config.transformer, SequenceLayout(config.layout)
     length = layout.length - 1
-    block = 2 * length * (4 * t.width**2 + 3 * t.width * t.mlp_width) + 4 * length**2 * t.width
+    mlp = (3 if t.mlp == "swiglu" else 2) * t.width * t.mlp_width
+    block = 2 * length * (4 * t.width**2 + mlp) + 4 * length**2 * t.width
     return 3 * (t.n_layers * block + 2 * t.width * sum(n * size for n, size in _scored(layout)))
 
 
@@ -156,25 +157,38 @@ def count_activations(
     length, width = layout.length - 1, t.width
     c = FP32 if precision == "fp32" else HALF  # of the matrix products
     r = FP32 if autocast else c  # of the residual stream
-    norm = FP32 if device == "cpu" else r  # of what norms keep
-    n_norms = 4 if t.qk_norm else 2  # as wide as the model: before attention and MLP, and of q and k
+    rms = FP32 if device == "cpu" else r  # of what RMSNorm keeps
+    layer_norm, sandwich = t.norm != "rms", t.norm_placement == "sandwich"
+    stream = r if layer_norm else rms  # of what norms keep of the residual stream, and of the branches' ends
+    branch = (c if device == "cpu" else r) if layer_norm else rms
+    n_norms = 4 if sandwich else 2  # as wide as the model, like those of q and k together
+    n_rms = (0 if layer_norm else n_norms) + (2 if t.qk_norm else 0)
+    statistics = {"rms": FP32, "layer": 2 * r, "scaled_layer": 3 * r}[t.norm]
+    turned = t.qk_norm or config.positions == "rotary"
+    # plain attention keeps v where it lies beside q and k, relaxed attention copies it
+    qkv_kept = not t.pb_relax or (t.qk_norm and rms == c)
     per_position = (
-        2 * width * norm                   # inputs of both norms: the residual stream
-        + 2 * width * c                    # outputs of both norms: inputs of qkv and gate_up
-        + 3 * width * c                    # q, k, v
-        + (2 * width * norm if t.qk_norm and norm != c else 0)  # q and k in fp32
-        + (2 * width * c if t.qk_norm or config.positions == "rotary" else 0)  # q and k as attention takes them
+        2 * width * stream                 # inputs of both norms: the residual stream
+        + (2 * width * branch if sandwich else 0)  # inputs of the norms at the branches' ends
+        + 2 * width * c                    # outputs of both norms: inputs of qkv and the MLP
+        + (3 * width * c if qkv_kept else 0)  # q, k, v
+        + (2 * width * rms if t.qk_norm and rms != c else 0)  # q and k in fp32
+        + (2 * width * c if turned or t.pb_relax else 0)  # q and k as attention takes them
+        + (2 * t.head_width * c if config.positions == "rotary" and c != FP32 else 0)  # cosines and sines, twice
         + width * c                        # attention's output
-        + 4 * t.mlp_width * c              # gate, up, silu(gate), their product
-        + FP32 * (2 + (2 * t.n_heads if t.qk_norm else 0))  # 1 / RMS of each norm
+        + {"swiglu": 4, "gelu_quick": 3}.get(t.mlp, 2) * t.mlp_width * c  # gate, up, silu(gate), product; up, gelu(up)
+        + n_norms * statistics
+        + (2 * t.n_heads * FP32 if t.qk_norm else 0)  # 1 / RMS of q and k
         + (2 * width if t.dropout else 0)  # masks
     )  # fmt: skip
     if device == "cpu":
-        # no fused norms: what is normalised is kept before it is scaled
-        per_position += n_norms * width * norm
-    if device == "cuda" or c == FP32:  # attention is PyTorch's and not that of nn/attention.py
+        # no fused RMSNorm: what is normalised is kept before it is scaled
+        per_position += n_rms * width * rms
+    if t.pb_relax:
+        per_position += width * c + t.n_heads * length * (FP32 + (c if c != FP32 else 0))  # v, and the probabilities
+    elif device == "cuda" or c == FP32:  # attention is PyTorch's and not that of nn/attention.py
         per_position += length * c + FP32 * t.n_heads  # the mask as it is added to the scores, and their log-sum-exp
-        per_position += width * c if device == "cpu" else 0  # a copy of the output
+        per_position += width * c if device == "cpu" and turned else 0  # a copy of the output
     scored = _scored(layout)
     n_scored = sum(n for n, _ in scored)
     head = (
