@@ -5,6 +5,7 @@ All are made from fixed seeds once per session, in a temporary folder, and nobod
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.generation.pipeline import PIPELINE, PipelineConfig
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LayoutConfig
-from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
+from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, RowColumnConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextTokenizer
 from vqt2i.text.train import TextTokenizerConfig, save_text_tokenizer, train_text_tokenizer
@@ -36,6 +37,21 @@ COLOURS = {
 SIZE_PX, GRID, TEXT_LENGTH = 16, 4, 12
 TRANSFORMER = TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=48)
 DENSE = DenseConfig()
+
+# of every choice of the transformer and of its positions, in the combinations of published models
+WIDE = TransformerConfig(width=32, n_layers=5, n_heads=2, mlp_width=48, bias=True, qk_norm=False)
+COGVIEW = {"norm": "scaled_layer", "norm_placement": "sandwich", "mlp": "gelu_tanh", "pb_relax": True}
+GPT_KINDS = {
+    "rotary": {},
+    "learned": {"positions": "learned"},
+    "minDALL-E": {"positions": "raster", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu"})},
+    "CogView": {"positions": "sequence", "transformer": WIDE.model_copy(update=COGVIEW)},
+    "DALL-E": {
+        "positions": "learned", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu_quick"}),
+        "sparsity": RowColumnConfig(conv_size=3), "padding": "learned",
+    },
+    "pivots": {"transformer": WIDE, "sparsity": PivotWindowConfig(n_pivots=2, block_size=2, n_blocks=1)},
+}  # fmt: skip
 
 
 def coloured_pair(index: int, key: str) -> Pair:
@@ -123,6 +139,12 @@ def make_gpt() -> Callable[..., GPT]:
         return GPT(config).eval()
 
     return make
+
+
+@pytest.fixture(params=GPT_KINDS)
+def gpt_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Arguments of `make_gpt`: one kind of GPT after the other."""
+    return GPT_KINDS[request.param]
 
 
 @pytest.fixture

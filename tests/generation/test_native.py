@@ -24,9 +24,9 @@ GROUPS = [(pad_texts([[1, 2], [3, 4, 5]], 4), 3), (pad_texts([[]], 1), 1)]
 N_ROWS = 7
 
 
-@pytest.fixture(params=["rotary", "learned"])
-def gpt(request: pytest.FixtureRequest, make_gpt: Callable[..., GPT]) -> GPT:
-    return make_gpt(request.param, n_image_ids=70, grid_height=4, grid_width=3)
+@pytest.fixture
+def gpt(gpt_kind: dict, make_gpt: Callable[..., GPT]) -> GPT:
+    return make_gpt(**gpt_kind, n_image_ids=70, grid_height=4, grid_width=3)
 
 
 def ids(gpt: GPT, n_rows: int = N_ROWS) -> Tensor:
@@ -103,12 +103,12 @@ def rounded_twin(gpt: GPT, precision: str) -> GPT:
 def test_lower_precisions_have_the_logits_of_rounded_products_keys_and_values(gpt, precision: str, monkeypatch) -> None:
     exact, found = (stepped(model, ids(gpt), [1] * 11) for model in (gpt, NativeGPT(gpt, precision)))
     attend = Branches.attend
-    monkeypatch.setattr(Branches, "attend", lambda self, layer, q, k, v: attend(
-        self, layer, q, k.bfloat16().float(), v.bfloat16().float()
+    monkeypatch.setattr(Branches, "attend", lambda self, layer, q, k, v, *args, **how: attend(
+        self, layer, q, k.bfloat16().float(), v.bfloat16().float(), *args, **how
     ))  # fmt: skip
     expected = stepped(rounded_twin(gpt, precision), ids(gpt), [1] * 11)
-    # left: where sums differ in their last bit an input may round to the number beside
-    assert (found - expected).std() < 0.1 * (exact - expected).std() < 0.004 * exact.std()
+    # left: where sums or the error function differ in their last bit an input may round to the number beside
+    assert (found - expected).std() < 0.25 * (exact - expected).std() < 0.01 * exact.std()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -147,17 +147,19 @@ inline void tile_of(int n_rows, const uint32_t* x, int64_t n_words, const uint32
 
 extern "C" {
 
-enum Kind : int32_t { EMBED, NORM, LINEAR, ATTEND, GATE };
-enum Format : int32_t { FP32, BF16, INT8 };
+enum Kind : int32_t { EMBED, NORM, LINEAR, ATTEND, ACTIVATE };
+enum Format : int32_t { FP32, BF16, INT8 };                          // of LINEAR's matrix
+enum Norm : int32_t { RMS, LAYER, SCALED_LAYER };                    // NORM's format
+enum Activation : int32_t { SWIGLU, GELU, GELU_TANH, GELU_QUICK };   // ACTIVATE's
 
 struct Operation {
-  int32_t kind, format;   // format: of LINEAR's matrix
+  int32_t kind, format;
   int32_t in, out;        // numbers of buffers; LINEAR writes the logits to buffer -1, for the scored rows only
   int32_t n_in, n_out;    // widths
   int32_t adds, layer;    // whether it adds to what `out` holds; ATTEND's layer
   float eps, padding;
   const void *weight, *bias;     // EMBED: table of ids, of positions; NORM, LINEAR: its own; ATTEND: of the norms of q, k
-  const float *scale, *extra;    // LINEAR: of each output, for INT8; ATTEND: cosines and sines of the positions
+  const float *scale, *extra;    // LINEAR: of each output, for INT8; ATTEND: cosines and sines of own positions
   const uint8_t* visible;        // ATTEND: which own positions (columns) a position (row) sees; null for all before it
 };
 
@@ -165,6 +167,7 @@ struct Branches {
   int32_t n_rows, n_each, n_prefix, capacity;  // sequences, those of each prefix, its length; own positions at most
   const void* prefix;                          // keys and values (layer, 2, prefix, head, position, head width)
   const uint8_t* hidden;                       // of each prefix, its padding; null for none
+  const int64_t* n_before;                     // of each sequence, where its own positions begin; null is 0
   void* own;                                   // keys and values (layer, 2, sequence, head, position, head width)
 };
 
@@ -295,6 +298,13 @@ void linear(const Step& s, const Operation& op, Meeting& meeting) {
   if (op.format == INT8) multiply<Int8>(s, op, n_rows, out, 4);
 }
 
+// The branches that a sequence is of; `sequence` becomes its number among theirs.
+inline const Branches& branches_of(const Step& s, int64_t& sequence) {
+  const Branches* b = s.branches;
+  while (sequence >= b->n_rows) sequence -= b->n_rows, b++;
+  return *b;
+}
+
 void embed(const Step& s, const Operation& op) {
   Share mine((int64_t)s.n_sequences * s.n_tokens);
   for (int64_t row = mine.start; row < mine.stop; row++) {
@@ -302,39 +312,79 @@ void embed(const Step& s, const Operation& op) {
     float* to = s.buffers[op.out] + row * op.n_out;
     std::memcpy(to, from, 4 * op.n_out);
     if (op.bias) {
-      const float* place = (const float*)op.bias + (s.first + row % s.n_tokens) * op.n_out;
+      int64_t sequence = row / s.n_tokens, position = s.first + row % s.n_tokens;
+      const Branches& b = branches_of(s, sequence);
+      const float* place = (const float*)op.bias + (position + (b.n_before ? b.n_before[sequence] : 0)) * op.n_out;
       for (int i = 0; i < op.n_out; i++) to[i] += place[i];
     }
   }
 }
 
-inline void rms_norm(const float* x, float* y, const float* weight, int n, float eps) {
-  floats squares = {};
+inline float total_of(const float* x, int n, float shift, bool squared) {  // of x - shift or of its squares
+  floats total = {};
   int i = 0;
-  for (; i + LANES <= n; i += LANES) squares += load<floats>(x + i) * load<floats>(x + i);
-  float total = sum(squares);
-  for (; i < n; i++) total += x[i] * x[i];
-  float factor = 1 / std::sqrt(total / n + eps);
-  for (int j = 0; j < n; j++) y[j] = x[j] * factor * weight[j];
+  for (; i + LANES <= n; i += LANES) {
+    floats v = load<floats>(x + i) - shift;
+    total += squared ? v * v : v;
+  }
+  float whole = sum(total);
+  for (; i < n; i++) whole += squared ? (x[i] - shift) * (x[i] - shift) : x[i] - shift;
+  return whole;
+}
+
+inline void rms_norm(const float* x, float* y, const float* weight, int n, float eps) {
+  float factor = 1 / std::sqrt(total_of(x, n, 0, true) / n + eps);
+  for (int i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
+}
+
+// `y` may be `x`. SCALED_LAYER is LayerNorm of x / max|x|, whose variance only `eps` is compared with.
+inline void layer_norm(const float* x, float* y, const float* weight, const float* bias, int n, float eps, bool scaled) {
+  float top = scaled ? 1e-30f : 1;
+  if (scaled)
+    for (int i = 0; i < n; i++) top = std::max(top, std::fabs(x[i]));
+  float mean = total_of(x, n, 0, false) / n;
+  float factor = 1 / std::sqrt(total_of(x, n, mean, true) / n / top / top + eps) / top;
+  for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * factor * weight[i] + bias[i];
 }
 
 void norm(const Step& s, const Operation& op) {
   Share mine((int64_t)s.n_sequences * s.n_tokens);
-  for (int64_t row = mine.start; row < mine.stop; row++)
-    rms_norm(s.buffers[op.in] + row * op.n_in, s.buffers[op.out] + row * op.n_in, (const float*)op.weight, op.n_in, op.eps);
+  const float *weight = (const float*)op.weight, *bias = (const float*)op.bias;
+  for (int64_t row = mine.start; row < mine.stop; row++) {
+    float *x = s.buffers[op.in] + row * op.n_in, *y = s.buffers[op.out] + row * op.n_in;
+    float* to = op.adds ? x : y;  // what is added goes by way of its input, which nothing reads again
+    if (op.format == RMS) rms_norm(x, to, weight, op.n_in, op.eps);
+    else layer_norm(x, to, weight, bias, op.n_in, op.eps, op.format == SCALED_LAYER);
+    if (op.adds)
+      for (int i = 0; i < op.n_in; i++) y[i] += to[i];
+  }
 }
 
-void gate(const Step& s, const Operation& op) {  // silu(first half) * second half
+inline floats logistic(floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Abramowitz & Stegun 7.1.26 would do for pictures; this is the C library's, so that logits are those of PyTorch.
+inline float exact_gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678118654752f)); }
+
+inline floats gelu(floats x, int kind) {
+  if (kind == GELU_QUICK) return x * logistic(1.702f * x);
+  if (kind == GELU_TANH) return x * logistic(1.5957691216057308f * (x + 0.044715f * x * x * x));  // 1 + tanh z = 2 / (1 + e^-2z)
+  for (int i = 0; i < LANES; i++) x[i] = exact_gelu(x[i]);
+  return x;
+}
+
+void activate(const Step& s, const Operation& op) {  // gelu(x), or silu(first half) * second half
   Share mine((int64_t)s.n_sequences * s.n_tokens);
   for (int64_t row = mine.start; row < mine.stop; row++) {
     const float *a = s.buffers[op.in] + row * op.n_in, *b = a + op.n_out;
     float* y = s.buffers[op.out] + row * op.n_out;
-    int i = 0;
-    for (; i + LANES <= op.n_out; i += LANES) {
-      floats x = load<floats>(a + i);
-      store(y + i, x / (1.0f + exponential(-x)) * load<floats>(b + i));
+    for (int i = 0; i < op.n_out; i += LANES) {
+      int count = std::min(LANES, op.n_out - i);
+      floats x = {}, up = {};
+      std::memcpy(&x, a + i, 4 * count);
+      if (op.format == SWIGLU) std::memcpy(&up, b + i, 4 * count);
+      floats value = op.format == SWIGLU ? x * logistic(x) * up : gelu(x, op.format);
+      std::memcpy(y + i, &value, 4 * count);
     }
-    for (; i < op.n_out; i++) y[i] = a[i] / (1.0f + std::exp(-a[i])) * b[i];
   }
 }
 
@@ -380,8 +430,7 @@ template <int PARTS, class C> void attend(const Step& s, const Operation& op, Me
   Share rows((int64_t)s.n_sequences * s.n_tokens);
   for (int64_t row = rows.start; row < rows.stop; row++) {
     int64_t sequence = row / s.n_tokens, position = s.first + row % s.n_tokens;
-    const Branches* b = s.branches;
-    while (sequence >= b->n_rows) sequence -= b->n_rows, b++;
+    const Branches& b = branches_of(s, sequence);
     float* qkv = s.buffers[op.in] + row * 3 * D;
     for (int n = 0; n < N; n++) {
       float *q = qkv + n * H, *k = q + D, *v = k + D;
@@ -395,8 +444,8 @@ template <int PARTS, class C> void attend(const Step& s, const Operation& op, Me
           }
       }
       for (int i = 0; i < H; i++) q[i] *= 1 / std::sqrt((float)H);
-      C* own = (C*)b->own + ((op.layer * 2 * b->n_rows + sequence) * N + n) * b->capacity * H + position * H;
-      C* own_values = own + (int64_t)b->n_rows * N * b->capacity * H;
+      C* own = (C*)b.own + ((op.layer * 2 * b.n_rows + sequence) * N + n) * b.capacity * H + position * H;
+      C* own_values = own + (int64_t)b.n_rows * N * b.capacity * H;
       for (int i = 0; i < H; i++) narrow(own + i, k[i]), narrow(own_values + i, v[i]);
     }
   }
@@ -406,13 +455,12 @@ template <int PARTS, class C> void attend(const Step& s, const Operation& op, Me
   float* scores = s.scores + omp_get_thread_num() * (int64_t)s.n_positions;
   for (int64_t at = mine.start; at < mine.stop; at++) {
     int64_t n = at / s.n_sequences, all = at % s.n_sequences, sequence = all;
-    const Branches* b = s.branches;
-    while (sequence >= b->n_rows) sequence -= b->n_rows, b++;
-    int64_t n_prefixes = b->n_rows / b->n_each, prefix = sequence / b->n_each, P = b->n_prefix;
-    const C* keys = (const C*)b->prefix + ((op.layer * 2 * n_prefixes + prefix) * N + n) * P * H;
+    const Branches& b = branches_of(s, sequence);
+    int64_t n_prefixes = b.n_rows / b.n_each, prefix = sequence / b.n_each, P = b.n_prefix;
+    const C* keys = (const C*)b.prefix + ((op.layer * 2 * n_prefixes + prefix) * N + n) * P * H;
     const C* values = keys + n_prefixes * N * P * H;
-    const C* own_keys = (const C*)b->own + ((op.layer * 2 * (int64_t)b->n_rows + sequence) * N + n) * b->capacity * H;
-    const C* own_values = own_keys + (int64_t)b->n_rows * N * b->capacity * H;
+    const C* own_keys = (const C*)b.own + ((op.layer * 2 * (int64_t)b.n_rows + sequence) * N + n) * b.capacity * H;
+    const C* own_values = own_keys + (int64_t)b.n_rows * N * b.capacity * H;
     for (int l = 0; l < s.n_tokens; l++) {
       int64_t row = all * s.n_tokens + l, position = s.first + l;
       int n_own = position + 1;
@@ -420,9 +468,9 @@ template <int PARTS, class C> void attend(const Step& s, const Operation& op, Me
       for (int i = 0; i < PARTS; i++) q[i] = wide(s.buffers[op.in] + row * 3 * D + n * H + i * LANES);
       score<PARTS>(q, keys, P, scores);
       score<PARTS>(q, own_keys, n_own, scores + P);
-      if (b->hidden)
+      if (b.hidden)
         for (int j = 0; j < P; j++)
-          if (b->hidden[prefix * P + j]) scores[j] = -INFINITY;
+          if (b.hidden[prefix * P + j]) scores[j] = -INFINITY;
       if (op.visible)
         for (int j = 0; j < n_own; j++)
           if (!op.visible[position * op.n_out + j]) scores[P + j] = -INFINITY;
@@ -464,7 +512,7 @@ extern "C" void vqt2i_step(const Step* step) {
       case NORM: norm(s, op); break;
       case LINEAR: linear(s, op, meeting); break;
       case ATTEND: attend_of(s, op, meeting); break;
-      case GATE: gate(s, op); break;
+      case ACTIVATE: activate(s, op); break;
     }
     meeting.wait();
   }

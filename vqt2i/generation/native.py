@@ -8,7 +8,7 @@ B batch (sequences), L positions of each, V vocabulary, O outputs, I inputs, H h
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_float, c_int32, c_void_p
 from typing import Literal
 
@@ -26,10 +26,12 @@ NativePrecision = Literal["fp32", "bf16", "int8"]
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2}
 PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+NORMS = {"rms": 0, "layer": 1, "scaled_layer": 2}
+ACTIVATIONS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_quick": 3}
 LANES, PANEL = 16, 64
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 RESIDUAL, NORMED, WIDE, NARROW, LOGITS = 0, 1, 2, 3, -1
-EMBED, NORM, LINEAR, ATTEND, GATE = range(5)
+EMBED, NORM, LINEAR, ATTEND, ACTIVATE = range(5)
 
 
 class _Operation(ctypes.Structure):
@@ -43,7 +45,7 @@ class _Operation(ctypes.Structure):
 class _Branches(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("n_rows", "n_each", "n_prefix", "capacity")),
-        *((name, c_void_p) for name in ("prefix", "hidden", "own")),
+        *((name, c_void_p) for name in ("prefix", "hidden", "n_before", "own")),
     )
 
 
@@ -100,7 +102,10 @@ class NativeGPT:
         n_positions = -(-longest // LANES) * LANES
         scores = torch.empty(n_threads, n_positions)
         logits_BLV = torch.empty(n_sequences, n_scored, self.layout.config.n_image_ids)
-        ids_BL, branches = image_BL.contiguous(), _as_structures(cache)
+        n_before = None
+        if self._gpt.config.positions == "sequence":
+            n_before = [branches.n_before_B - first for branches in cache.branches]
+        ids_BL, branches = image_BL.contiguous(), _as_structures(cache, n_before)
         step = _Step(
             len(self._operations), len(branches), n_sequences, n_tokens, first, n_scored, config.n_heads,
             config.head_width, n_threads, FORMATS[self._cache_format], n_positions, 0, self._operations,
@@ -125,41 +130,59 @@ class NativeGPT:
 
     def _list_operations(self) -> Iterator[_Operation]:
         gpt, config, first = self._gpt, self._gpt.config.transformer, self.layout.first_image_id
+        sandwiched, visible = config.norm_placement == "sandwich", gpt.visible_by_layer()
         cos_sin, places_ID = self._positions()
         table_VD = gpt.embedding.weight[first : first + self.layout.config.n_image_ids]
         yield self._operation(EMBED, RESIDUAL, RESIDUAL, {"weight": table_VD, "bias": places_ID}, n_out=config.width)
         for layer, block in enumerate(gpt.transformer.blocks):
-            attention, mlp, gains = block.attention, block.mlp, None
-            if config.qk_norm:
-                gains = torch.stack((attention.q_norm.weight, attention.k_norm.weight))
+            attention, mlp = block.attention, block.mlp
+            gains = torch.stack((attention.q_norm.weight, attention.k_norm.weight)) if config.qk_norm else None
+            seen_II = visible[layer] if visible else None
+            # what a branch gives goes to the residual, or first through a norm
+            target, adds = (NORMED, 0) if sandwiched else (RESIDUAL, 1)
             yield self._norm(block.attention_norm)
-            yield self._product(attention.qkv.weight, NORMED, WIDE)
-            yield self._operation(ATTEND, WIDE, NARROW, {"weight": gains, "extra": cos_sin}, layer=layer, eps=1e-6)
-            yield self._product(attention.out.weight, NARROW, RESIDUAL, adds=1)
+            yield self._product(attention.qkv, NORMED, WIDE)
+            yield self._operation(ATTEND, WIDE, NARROW, {"weight": gains, "extra": cos_sin, "visible": seen_II},
+                                  layer=layer, eps=config.norm_eps, n_out=self.layout.image_length)  # fmt: skip
+            yield self._product(attention.out, NARROW, target, adds)
+            if sandwiched:
+                yield self._norm(block.attention_out_norm, NORMED, RESIDUAL, 1)
             yield self._norm(block.mlp_norm)
-            yield self._product(mlp.gate_up.weight, NORMED, WIDE)
-            yield self._operation(GATE, WIDE, NARROW, n_in=2 * config.mlp_width, n_out=config.mlp_width)
-            yield self._product(mlp.down.weight, NARROW, RESIDUAL, adds=1)
+            yield self._product(mlp.gate_up if config.mlp == "swiglu" else mlp.up, NORMED, WIDE)
+            n_in = config.mlp_width * (2 if config.mlp == "swiglu" else 1)
+            yield self._operation(ACTIVATE, WIDE, NARROW, format=ACTIVATIONS[config.mlp], n_in=n_in,
+                                  n_out=config.mlp_width)  # fmt: skip
+            yield self._product(mlp.down, NARROW, target, adds)
+            if sandwiched:
+                yield self._norm(block.mlp_out_norm, NORMED, RESIDUAL, 1)
         yield self._norm(gpt.transformer.norm)
-        yield self._product(gpt.head.weight[first:], NORMED, LOGITS)
+        yield self._product(gpt.head, NORMED, LOGITS, rows=slice(first, None))
 
     def _positions(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of each image token: cosines and sines, (I, H), or what is added to its embedding, (I, D)."""
-        places_IA = self.layout.image_part(torch.zeros(1, self.layout.image_length, dtype=torch.long)).positions_BLA[0]
-        if self._gpt.config.positions == "rotary":
-            return torch.cat([t[0, 0] for t in self._gpt.rotary(places_IA[None])], dim=-1), None
-        tables = enumerate(self._gpt.position_embeddings)
-        return None, sum(table(places_IA[:, axis]) for axis, table in tables)
+        """Of each position that a row adds: cosines and sines, (I, H), or what is added to its embedding, (I, D)."""
+        gpt = self._gpt
+        if gpt.config.positions == "sequence":
+            return None, gpt.position_embeddings[0].weight
+        image = self.layout.image_part(torch.zeros(1, self.layout.image_length, dtype=torch.long))
+        if gpt.config.positions == "rotary":
+            return torch.cat([t[0, 0] for t in gpt.rotary(image.positions_BLA)], dim=-1), None
+        embedded_1ID, _ = gpt.embed(image)
+        return None, embedded_1ID[0] - gpt.embedding(image.ids_BL)[0]
 
-    def _norm(self, norm: nn.RMSNorm) -> _Operation:
-        return self._operation(NORM, RESIDUAL, NORMED, {"weight": norm.weight}, n_in=norm.weight.numel(), eps=norm.eps)
+    def _norm(self, norm: nn.Module, source: int = RESIDUAL, target: int = NORMED, adds: int = 0) -> _Operation:
+        tensors = {"weight": norm.weight, "bias": getattr(norm, "bias", None)}
+        sizes = {"n_in": norm.weight.numel(), "eps": norm.eps, "adds": adds}
+        return self._operation(NORM, source, target, tensors, format=NORMS[self._gpt.config.transformer.norm], **sizes)
 
-    def _product(self, weight_OI: Tensor, source: int, target: int, adds: int = 0) -> _Operation:
-        n_outputs, n_inputs = weight_OI.shape
+    def _product(
+        self, linear: nn.Linear, source: int, target: int, adds: int = 0, rows: slice = slice(None)
+    ) -> _Operation:
+        """rows: of the matrix."""
+        weight_OI = linear.weight[rows]
         packed, scale_O = pack(weight_OI, self.precision)
         self._kept.append(packed)
-        sizes = {"n_in": n_inputs, "n_out": n_outputs, "adds": adds}
-        operation = self._operation(LINEAR, source, target, {"scale": scale_O}, **sizes)
+        sizes = {"n_in": weight_OI.shape[1], "n_out": weight_OI.shape[0], "adds": adds}
+        operation = self._operation(LINEAR, source, target, {"scale": scale_O, "bias": linear.bias}, **sizes)
         operation.format, operation.weight = FORMATS[self.precision], packed.data_ptr()
         return operation
 
@@ -170,7 +193,8 @@ class NativeGPT:
         operation = _Operation(kind=kind, source=source, target=target, **numbers)
         for name, tensor in (tensors or {}).items():
             if tensor is not None:
-                self._kept.append(tensor.detach().float().contiguous())
+                tensor = tensor.detach().contiguous()
+                self._kept.append(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor.float())
                 setattr(operation, name, self._kept[-1].data_ptr())
         return operation
 
@@ -191,12 +215,14 @@ def pack(weight_OI: Tensor, precision: NativePrecision) -> tuple[Tensor, Tensor 
     return words.permute(0, 2, 1, 3).contiguous(), scale_O
 
 
-def _as_structures(cache: BranchedCache) -> ctypes.Array:
+def _as_structures(cache: BranchedCache, n_before: Sequence[Tensor] | None) -> ctypes.Array:
     rows = []
-    for branches in cache.branches:
+    for i, branches in enumerate(cache.branches):
         (n_prefixes, n_prefix), kv, hidden_GP = branches.prefix_kv.shape[2::2], branches.kv, branches.hidden_GP
         assert branches.prefix_kv.is_contiguous() and kv.is_contiguous()
-        hidden = hidden_GP.data_ptr() if hidden_GP is not None else None
-        rows.append(_Branches(branches.n_rows, branches.n_rows // n_prefixes, n_prefix, kv.shape[4],
-                              branches.prefix_kv.data_ptr(), hidden, kv.data_ptr()))  # fmt: skip
+        rows.append(_Branches(
+            branches.n_rows, branches.n_rows // n_prefixes, n_prefix, kv.shape[4], branches.prefix_kv.data_ptr(),
+            hidden_GP.data_ptr() if hidden_GP is not None else None, n_before[i].data_ptr() if n_before else None,
+            kv.data_ptr(),
+        ))  # fmt: skip
     return (_Branches * len(rows))(*rows)

@@ -122,7 +122,7 @@ class GPT(nn.Module):
 
     def forward(self, sequences: Sequences) -> Tensor:
         """Last hidden states (B, L, D) of whole sequences; `text_logits` and `image_logits` score slices of them."""
-        x_BLD, cos_sin = self._embed(sequences)
+        x_BLD, cos_sin = self.embed(sequences)
         return self.transformer(x_BLD, mask_B1LK=self._masks(sequences), causal=True, cos_sin=cos_sin)
 
     def text_logits(self, hidden_BLD: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class GPT(nn.Module):
 
         Returns the image logits after it, (B, n_image_ids), and the cache.
         """
-        x_BLD, cos_sin = self._embed(prefix)
+        x_BLD, cos_sin = self.embed(prefix)
         # keys and values have the activations' dtype: that of the weights, or of autocast where it is on
         device = x_BLD.device
         on = torch.is_autocast_enabled(device.type)
@@ -160,7 +160,7 @@ class GPT(nn.Module):
         """
         first, n = cache.n_filled, image_BI.shape[1]
         before_B = cache.n_before_B if self.config.positions == "sequence" else None
-        x_BLD, cos_sin = self._embed(self.layout.image_part(image_BI, first), before_B)
+        x_BLD, cos_sin = self.embed(self.layout.image_part(image_BI, first), before_B)
         visible = self.visible_by_layer()
         masks = visible and [seen[None, None, first : first + n, : first + n] for seen in visible]
         hidden = self.transformer(x_BLD, mask_B1LK=masks, cos_sin=cos_sin, cache=cache)
@@ -186,10 +186,14 @@ class GPT(nn.Module):
         plain = not t.pb_relax and not t.dropout and t.head_width >= FLEX_HEAD_WIDTH
         return device.type == "cuda" and torch.is_grad_enabled() and plain
 
-    def _embed(
+    def embed(
         self, sequences: Sequences, n_before_B: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """n_before_B: real positions before the first of these; None is none."""
+        """What the transformer reads, (B, L, D), and for rotary positions their cosines and sines.
+
+        Args:
+            n_before_B: real positions before the first of these; None is none.
+        """
         x_BLD = self.embedding(sequences.ids_BL)
         if self.config.positions == "rotary":
             return x_BLD, self.rotary(sequences.positions_BLA)
