@@ -1,7 +1,6 @@
 """The compiled step against PyTorch's."""
 
 import copy
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vqt2i.clip import CLIP
 from vqt2i.errors import ConfigError
-from vqt2i.generation import compiler
 from vqt2i.generation.decode import Job, decode_image_ids
-from vqt2i.generation.native import NativeGPT, pack
+from vqt2i.generation.native import NativeGPT, native_clip
+from vqt2i.generation.rerank import caption_scores, clip_scores
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, Sequences
+from vqt2i.nn import compiler
 from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
 from vqt2i.text import pad_texts
 
@@ -164,17 +165,34 @@ def test_nothing_of_the_gpt_changes(gpt: GPT, precision: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in gpt.state_dict().items())
 
 
-def test_a_matrix_is_packed_panel_by_panel_and_word_by_word() -> None:
-    weight_OI = torch.arange(70 * 3).reshape(70, 3).float()
-    words, scale = pack(weight_OI, "bf16")
-    assert words.shape == (2, 2, 64, 2) and words.dtype == torch.bfloat16 and scale is None
-    for o, i in itertools.product((0, 5, 63, 64, 69), range(3)):
-        assert words[o // 64, i // 2, o % 64, i % 2] == weight_OI[o, i].bfloat16()
-    assert (words[:, 1, :, 1] == 0).all() and (words[1, :, 6:] == 0).all()
-    words, scale = pack(weight_OI, "int8")
-    assert words.dtype == torch.uint8 and len(scale) == 128
-    restored = (words[0, 0, :, :3].float() - 128) * scale[:64, None]
-    torch.testing.assert_close(restored, weight_OI[:64], rtol=0, atol=209 / 127 / 2)
+TEXTS = [[1, 2], [], [3, 4, 5, 6, 7], [8]]
+
+
+def test_fp32_captions_are_scored_as_the_gpt_scores_them(gpt: GPT) -> None:
+    image_BHW = ids(gpt, 4).unflatten(1, (4, 3))
+    expected = caption_scores(gpt, image_BHW, TEXTS)
+    torch.testing.assert_close(caption_scores(NativeGPT(gpt, "fp32"), image_BHW, TEXTS), expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_captions_scored_in_lower_precisions_stay_close_and_depend_on_no_neighbour(gpt: GPT, precision: str) -> None:
+    image_BHW, native = ids(gpt, 4).unflatten(1, (4, 3)), NativeGPT(gpt, precision)
+    found, exact = (caption_scores(model, image_BHW, TEXTS) for model in (native, gpt))
+    assert (found - exact).abs().max() < 0.1 and found.argsort().equal(exact.argsort())
+    for row, text in enumerate(TEXTS):
+        torch.testing.assert_close(caption_scores(native, image_BHW[row : row + 1], [text])[0], found[row])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_native_clip_scores_as_the_clip_does(tiny_clip: CLIP, precision: str) -> None:
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    texts = [(1, 2), (3,), (), (1, 2), (4, 5, 6)]
+    before = {name: value.clone() for name, value in tiny_clip.state_dict().items()}
+    expected = clip_scores(tiny_clip, images, texts)
+    found = clip_scores(native_clip(tiny_clip, precision), images, texts)
+    tolerance = {"fp32": 1e-5, "bf16": 0.01, "int8": 0.03}[precision]
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_clip.state_dict().items())
 
 
 def test_code_for_any_cpu_gives_the_same_logits(gpt: GPT, monkeypatch, tmp_path: Path) -> None:
@@ -189,29 +207,6 @@ def test_code_for_any_cpu_gives_the_same_logits(gpt: GPT, monkeypatch, tmp_path:
             torch.testing.assert_close(portable, found[precision], **tolerance)
     finally:
         compiler.load_library.cache_clear()
-
-
-def test_a_library_is_compiled_once_and_another_source_makes_another(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("VQT2I_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "compiler.py"))
-    source = tmp_path / "tiny.cpp"
-    source.write_text('extern "C" int answer() { return 41; }')
-    load = compiler.load_library.__wrapped__
-    assert load("tiny.cpp").answer() == 41
-    (made,) = (tmp_path / "cache").iterdir()
-    before = made.stat().st_mtime_ns
-    assert load("tiny.cpp").answer() == 41 and made.stat().st_mtime_ns == before
-    source.write_text('extern "C" int answer() { return 42; }')
-    assert load("tiny.cpp").answer() == 42 and len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_a_source_that_does_not_compile_is_told_and_leaves_nothing(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("VQT2I_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "compiler.py"))
-    (tmp_path / "bad.cpp").write_text("int x = ;")
-    with pytest.raises(ConfigError, match=r"cannot compile bad\.cpp: .*error.*; take engine plain"):
-        compiler.load_library.__wrapped__("bad.cpp")
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_where_it_cannot_run_the_native_engine_is_refused(make_gpt, monkeypatch) -> None:

@@ -1,9 +1,10 @@
-// One decoding step of a GPT on a CPU: all its operations in one call, as native.py lists them.
+// A transformer on a CPU: all its operations in one call, as native.py lists them, for a step of decoding or for whole
+// sequences.
 //
-// A row is one position of one sequence. Rows of several positions each (reading a picture so far, Jacobi windows) stand
-// sequence by sequence. Activations are fp32. A product reads its matrix once for all rows: outputs lie along the lanes
-// of a vector, a word (1 fp32, 2 bf16 or 4 8-bit numbers) of each row is broadcast to them. Every number is summed in the
-// same order whatever rows stand beside it, so a row's result does not depend on its neighbours, bit by bit.
+// A row is one position of one sequence. Where there are several positions of each, rows stand sequence by sequence.
+// Activations are fp32. A product reads its matrix once for all rows: outputs lie along the lanes of a vector, a word (1
+// fp32, 2 bf16 or 4 8-bit numbers) of each row is broadcast to them. Every number is summed in the same order whatever
+// rows stand beside it, so a row's result does not depend on its neighbours, bit by bit.
 //
 // Vectors are those of GCC and Clang, which make any instruction set of them; the two products that need more than that
 // to be fast have an AVX-512 version.
@@ -159,7 +160,7 @@ struct Operation {
   int32_t adds, layer;    // whether it adds to what `out` holds; ATTEND's layer
   float eps, padding;
   const void *weight, *bias;     // EMBED: table of ids, of positions; NORM, LINEAR: its own; ATTEND: of the norms of q, k
-  const float *scale, *extra;    // LINEAR: of each output, for INT8; ATTEND: cosines and sines of own positions
+  const float* scale;            // LINEAR: of each output, for INT8
   const uint8_t* visible;        // ATTEND: which own positions (columns) a position (row) sees; null for all before it
 };
 
@@ -171,13 +172,14 @@ struct Branches {
   void* own;                                   // keys and values (layer, 2, sequence, head, position, head width)
 };
 
-struct Step {
+struct Call {
   int32_t n_operations, n_branches, n_sequences, n_tokens;  // tokens of each sequence
   int32_t first, n_scored, n_heads, head_width;             // first: number of the first token
-  int32_t n_threads, cache_format, n_positions, padding;    // n_positions: room for the scores of a query
+  int32_t n_threads, cache_format, n_positions, causal;     // n_positions: room for the scores of a query
   const Operation* operations;
   const Branches* branches;
   const int64_t* ids;
+  const float* cos_sin;  // of own positions; null for none
   float* const* buffers;
   uint32_t* packed;   // rows x words of the widest input of LINEAR
   float* row_scales;  // two numbers a row
@@ -222,7 +224,7 @@ struct Share {  // of `n` things, those of one thread
 };
 
 // Rows as the words that a product broadcasts; for 8 bits every row has a scale of its own.
-void pack(const Step& s, const Operation& op, const float* in, int64_t row, int64_t slot) {
+void pack(const Call& s, const Operation& op, const float* in, int64_t row, int64_t slot) {
   const float* x = in + row * op.n_in;
   if (op.format == FP32) {
     std::memcpy(s.packed + slot * op.n_in, x, 4 * op.n_in);
@@ -247,13 +249,13 @@ void pack(const Step& s, const Operation& op, const float* in, int64_t row, int6
   }
 }
 
-inline floats scaled(const Operation&, const Step&, int64_t, int64_t, floats sum) { return sum; }
-inline floats scaled(const Operation& op, const Step& s, int64_t slot, int64_t o, ints sum) {
+inline floats scaled(const Operation&, const Call&, int64_t, int64_t, floats sum) { return sum; }
+inline floats scaled(const Operation& op, const Call& s, int64_t slot, int64_t o, ints sum) {
   floats exact = __builtin_convertvector(sum - (int32_t)s.row_scales[2 * slot + 1], floats);
   return exact * s.row_scales[2 * slot] * load<floats>(op.scale + o);
 }
 
-template <class T> void multiply(const Step& s, const Operation& op, int64_t n_rows, float* out, int per_word) {
+template <class T> void multiply(const Call& s, const Operation& op, int64_t n_rows, float* out, int per_word) {
   int64_t n_words = (op.n_in + per_word - 1) / per_word, n_panels = (op.n_out + WIDTH - 1) / WIDTH;
   int64_t n_tiles = (n_rows + TILE - 1) / TILE;
   Share mine(n_panels);
@@ -282,7 +284,7 @@ template <class T> void multiply(const Step& s, const Operation& op, int64_t n_r
   }
 }
 
-void linear(const Step& s, const Operation& op, Meeting& meeting) {
+void linear(const Call& s, const Operation& op, Meeting& meeting) {
   int64_t n_all = (int64_t)s.n_sequences * s.n_tokens;
   bool head = op.out < 0;
   int64_t n_rows = head ? (int64_t)s.n_sequences * s.n_scored : n_all;
@@ -299,13 +301,13 @@ void linear(const Step& s, const Operation& op, Meeting& meeting) {
 }
 
 // The branches that a sequence is of; `sequence` becomes its number among theirs.
-inline const Branches& branches_of(const Step& s, int64_t& sequence) {
+inline const Branches& branches_of(const Call& s, int64_t& sequence) {
   const Branches* b = s.branches;
   while (sequence >= b->n_rows) sequence -= b->n_rows, b++;
   return *b;
 }
 
-void embed(const Step& s, const Operation& op) {
+void embed(const Call& s, const Operation& op) {
   Share mine((int64_t)s.n_sequences * s.n_tokens);
   for (int64_t row = mine.start; row < mine.stop; row++) {
     const float* from = (const float*)op.weight + s.ids[row] * op.n_out;
@@ -347,7 +349,7 @@ inline void layer_norm(const float* x, float* y, const float* weight, const floa
   for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * factor * weight[i] + bias[i];
 }
 
-void norm(const Step& s, const Operation& op) {
+void norm(const Call& s, const Operation& op) {
   Share mine((int64_t)s.n_sequences * s.n_tokens);
   const float *weight = (const float*)op.weight, *bias = (const float*)op.bias;
   for (int64_t row = mine.start; row < mine.stop; row++) {
@@ -372,7 +374,7 @@ inline floats gelu(floats x, int kind) {
   return x;
 }
 
-void activate(const Step& s, const Operation& op) {  // gelu(x), or silu(first half) * second half
+void activate(const Call& s, const Operation& op) {  // gelu(x), or silu(first half) * second half
   Share mine((int64_t)s.n_sequences * s.n_tokens);
   for (int64_t row = mine.start; row < mine.stop; row++) {
     const float *a = s.buffers[op.in] + row * op.n_in, *b = a + op.n_out;
@@ -423,7 +425,7 @@ inline float exponentiate(float* scores, int n) {
   return 1 / sum(total);
 }
 
-template <int PARTS, class C> void attend(const Step& s, const Operation& op, Meeting& meeting) {
+template <int PARTS, class C> void attend(const Call& s, const Operation& op, Meeting& meeting) {
   const int H = PARTS * LANES, half = H / 2, N = s.n_heads, D = N * H;
   const float* gains = (const float*)op.weight;
   // norms and positions of queries and keys, keys and values into the cache
@@ -435,8 +437,8 @@ template <int PARTS, class C> void attend(const Step& s, const Operation& op, Me
     for (int n = 0; n < N; n++) {
       float *q = qkv + n * H, *k = q + D, *v = k + D;
       if (gains) rms_norm(q, q, gains, H, op.eps), rms_norm(k, k, gains + H, H, op.eps);
-      if (op.extra) {
-        const float *cosine = op.extra + position * H, *sine = cosine + half;
+      if (s.cos_sin) {
+        const float *cosine = s.cos_sin + position * H, *sine = cosine + half;
         for (float* x : {q, k})
           for (int i = 0; i < half; i++) {
             float first = x[i], second = x[i + half];
@@ -463,7 +465,7 @@ template <int PARTS, class C> void attend(const Step& s, const Operation& op, Me
     const C* own_values = own_keys + (int64_t)b.n_rows * N * b.capacity * H;
     for (int l = 0; l < s.n_tokens; l++) {
       int64_t row = all * s.n_tokens + l, position = s.first + l;
-      int n_own = position + 1;
+      int n_own = s.causal ? position + 1 : s.first + s.n_tokens;
       floats q[PARTS], y[PARTS] = {};
       for (int i = 0; i < PARTS; i++) q[i] = wide(s.buffers[op.in] + row * 3 * D + n * H + i * LANES);
       score<PARTS>(q, keys, P, scores);
@@ -482,12 +484,12 @@ template <int PARTS, class C> void attend(const Step& s, const Operation& op, Me
   }
 }
 
-template <int PARTS> void attend_in(const Step& s, const Operation& op, Meeting& meeting) {
+template <int PARTS> void attend_in(const Call& s, const Operation& op, Meeting& meeting) {
   if (s.cache_format == BF16) attend<PARTS, uint16_t>(s, op, meeting);
   else attend<PARTS, float>(s, op, meeting);
 }
 
-void attend_of(const Step& s, const Operation& op, Meeting& meeting) {
+void attend_of(const Call& s, const Operation& op, Meeting& meeting) {
   switch (s.head_width / LANES) {
     case 1: return attend_in<1>(s, op, meeting);
     case 2: return attend_in<2>(s, op, meeting);
@@ -501,8 +503,8 @@ void attend_of(const Step& s, const Operation& op, Meeting& meeting) {
 
 }  // namespace
 
-extern "C" void vqt2i_step(const Step* step) {
-  const Step& s = *step;
+extern "C" void vqt2i_run(const Call* call) {
+  const Call& s = *call;
   Meeting meeting;
 #pragma omp parallel num_threads(s.n_threads)
   for (int i = 0; i < s.n_operations; i++) {
