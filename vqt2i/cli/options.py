@@ -1,6 +1,7 @@
 """Options that several verbs share."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,27 @@ def add_config_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override one setting, for example trainer.max_steps=100; may be repeated")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
+
+
+def add_number(
+    parser: argparse.ArgumentParser, name: str, default: float, help: str = "", *, least: float = 1, metavar: str = "N"
+) -> None:
+    """An option with a number of `least` or more; its help ends with the default."""
+    parser.add_argument(name, type=at_least(least), default=default, metavar=metavar,
+                        help=f"{help} (default: {default:g})" if help else f"default: {default:g}")  # fmt: skip
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """Parses a number of `least` or more, whole if that is."""
+
+    def parse(text: str) -> float:
+        value = type(least)(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {least:g} or more")
+        return value
+
+    parse.__name__ = type(least).__name__  # argparse tells it
+    return parse
 
 
 def _resume(value: str) -> str | Path:

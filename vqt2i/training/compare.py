@@ -2,9 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.optim import OptimizerConfig, build_adamw
 from vqt2i.training.plan import training_flops
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -34,12 +36,12 @@ class Timing(NamedTuple):
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def time_in_turns(jobs: dict[str, Callable[[], Any]], n_rounds: int, device: torch.device) -> dict[str, Timing]:
+def time_in_turns(jobs: dict[Key, Callable[[], Any]], n_rounds: int, device: torch.device) -> dict[Key, Timing]:
     """Run each job once unmeasured, and then in turns, `n_rounds` times each.
 
     What else happens on the machine then touches all jobs alike, and the ratio of their times little.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    seconds: dict[Key, list[float]] = {name: [] for name in jobs}
     for round_ in range(n_rounds + 1):
         for name, job in jobs.items():
             start = time.perf_counter()
