@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -134,6 +135,11 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, never)
 
 
+def has_cpp_compiler() -> bool:
+    """Whether there is a C++ compiler, which torch.compile needs on CPUs."""
+    return any(map(shutil.which, ("g++", "clang++")))
+
+
 def pick_device(name: str = "auto") -> "torch.device":
     """The device called `name`, or for "auto" CUDA where there is one, else Apple's GPU, else the CPU."""
     import torch
@@ -143,6 +149,14 @@ def pick_device(name: str = "auto") -> "torch.device":
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait until the device has done what it was told; a CPU has."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def pick_precision(name: Precision | Literal["auto"], device_type: str) -> Precision:

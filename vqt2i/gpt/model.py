@@ -78,6 +78,12 @@ class GPT(nn.Module):
         """Where the weights are."""
         return self.embedding.weight.device
 
+    @property
+    def cached_dtype(self) -> torch.dtype:
+        """That of keys and values, as of all activations: the weights', or autocast's where it is on."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.weight.dtype
+
     def forward(self, sequences: Sequences) -> Tensor:
         """Last hidden states (B, L, D) of whole sequences; `text_logits` and `image_logits` score slices of them."""
         x_BLD, cos_sin = self._embed(sequences)
@@ -97,11 +103,7 @@ class GPT(nn.Module):
         Returns the image logits after it, (B, n_image_ids), and the cache.
         """
         x_BLD, cos_sin = self._embed(prefix)
-        # keys and values have the activations' dtype: that of the weights, or of autocast where it is on
-        device = x_BLD.device
-        on = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if on else x_BLD.dtype
-        cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], device, dtype)
+        cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], x_BLD.device, self.cached_dtype)
         hidden = self.transformer(
             x_BLD, mask_B1LK=prefix.causal_mask(), causal=True, cos_sin=cos_sin, cache=cache
         )

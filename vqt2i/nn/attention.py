@@ -32,16 +32,22 @@ def attention(
 
 
 def attention_after_prefix(
-    q_BNLH: Tensor, k_GNPH: Tensor, v_GNPH: Tensor, hidden_GP: Tensor | None, k_BNSH: Tensor, v_BNSH: Tensor
+    q_BNLH: Tensor,
+    k_GNPH: Tensor,
+    v_GNPH: Tensor,
+    hidden_GP: Tensor | None,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    hidden_LS: Tensor | None,
 ) -> Tensor:
     """Causal attention of rows that share prefixes, B / G rows side by side for each.
 
-    One softmax over a row's prefix and its own positions, of which the queries are the last L. The queries of a
-    prefix's rows are stacked, so that its keys and values are read once for all of them. The dtype of q is kept, the
-    computation is in that of the keys.
+    One softmax over a row's prefix and its own positions. The queries of a prefix's rows are stacked, so that its keys
+    and values are read once for all of them. The dtype of q is kept, the computation is in that of the keys.
 
     Args:
         hidden_GP: true for the padding of the prefixes; None if there is none.
+        hidden_LS: true where a query may not look among its row's own positions; None if each sees all.
     """
     n_prefixes, n_queries, n_own = len(k_GNPH), q_BNLH.shape[2], k_BNSH.shape[2]
     stack, unstack = "(g c) n l x -> g n (c l) x", "g n (c l) x -> (g c) n l x"
@@ -51,9 +57,8 @@ def attention_after_prefix(
         if hidden_GP is not None:
             shared.masked_fill_(hidden_GP[:, None, None], -torch.inf)
         own = q @ k_BNSH.mT
-        if n_queries > 1:
-            seen_LS = torch.ones(n_queries, n_own, dtype=torch.bool, device=q.device).tril(n_own - n_queries)
-            own.masked_fill_(~seen_LS, -torch.inf)
+        if hidden_LS is not None:
+            own.masked_fill_(hidden_LS, -torch.inf)
         scores = torch.cat((rearrange(shared, unstack, l=n_queries), own), dim=-1)
         shared, own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((k_GNPH.shape[2], n_own), dim=-1)
         y = rearrange(rearrange(shared, stack, g=n_prefixes) @ v_GNPH, unstack, l=n_queries) + own @ v_BNSH
