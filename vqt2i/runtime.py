@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -135,6 +136,12 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, never)
 
 
+def find_cpp_compiler() -> str | None:
+    """The C++ compiler, which torch.compile needs on CPUs: that of the variable CXX, else one that is installed."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 def pick_device(name: str = "auto") -> "torch.device":
     """The device called `name`, or for "auto" CUDA where there is one, else Apple's GPU, else the CPU."""
     import torch
@@ -144,6 +151,14 @@ def pick_device(name: str = "auto") -> "torch.device":
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait until the device has done what it was told; a CPU has."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def pick_precision(name: Precision | Literal["auto"], device_type: str) -> Precision:

@@ -52,7 +52,7 @@ def test_every_setting_reaches_the_pictures_metadata(draw) -> None:
     facts = json.loads(Image.open("o/000-00.png").text["vqt2i"])
     assert facts["settings"] == {
         "guidance": 3.0, "temperature": 0.9, "top_k": 5, "top_p": 0.8, "seed": 7, "rerank": 2, "scorer": "caption",
-        "guidance_interval": [0.25, 1.0],
+        "guidance_interval": [0.25, 1.0], "precision": "fp32",
     }  # fmt: skip
     assert set(facts["scores"]) == {"caption"}
 

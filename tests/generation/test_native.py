@@ -198,7 +198,7 @@ def test_a_native_clip_scores_as_the_clip_does(tiny_clip: CLIP, precision: str) 
 def test_code_for_any_cpu_gives_the_same_logits(gpt: GPT, monkeypatch, tmp_path: Path) -> None:
     found = {precision: stepped(NativeGPT(gpt, precision), ids(gpt), [1] * 11) for precision in PRECISIONS}
     monkeypatch.setattr(compiler, "FLAGS", tuple(flag for flag in compiler.FLAGS if flag != "-march=native"))
-    monkeypatch.setenv("VQT2I_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler.load_library.cache_clear()
     try:
         for precision in PRECISIONS:
@@ -214,9 +214,9 @@ def test_where_it_cannot_run_the_native_engine_is_refused(make_gpt, monkeypatch)
     with pytest.raises(ConfigError, match="the model is on meta, expected cpu"):
         NativeGPT(make_gpt().to("meta"), "fp32")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    compiler.find_compiler.cache_clear(), compiler.load_library.cache_clear()
+    compiler.load_library.cache_clear()
     try:
         with pytest.raises(ConfigError, match="no C\\+\\+ compiler found"):
             NativeGPT(make_gpt(), "fp32")
     finally:
-        compiler.find_compiler.cache_clear(), compiler.load_library.cache_clear()
+        compiler.load_library.cache_clear()

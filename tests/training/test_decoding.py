@@ -10,10 +10,11 @@ import torch
 
 from vqt2i.cli import main
 from vqt2i.errors import ConfigError
+from vqt2i.generation.engine import Engine
 from vqt2i.gpt import GPT
 from vqt2i.runtime import best_rate
 from vqt2i.training.compare import llama
-from vqt2i.training.decoding import compare, contestants
+from vqt2i.training.decoding import compare
 from vqt2i.training.decoding.ceilings import RateMeter, Rates, least_seconds
 from vqt2i.training.decoding.compare import Contestant, drawers
 from vqt2i.training.decoding.contestants import MODES, our_drawing, their_drawing
@@ -41,7 +42,8 @@ def benchmark(untrained_gpt: Path, tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "vq.yaml").write_text(TINY_VQ)
 
     def run(*words: object) -> str:
-        command = ["benchmark", "generate", "--config", untrained_gpt, "--rounds", 1, "--against", "dynamic", "static"]
+        command = ["benchmark", "generate", "--config", untrained_gpt, "--rounds", 1, "--against", "dynamic", "static",
+                   "--engines", "native"]  # fmt: skip
         assert main([str(word) for word in (*command, "--tokenizer", tmp_path / "vq.yaml", *words)]) == 0
         return capsys.readouterr().out
 
@@ -57,7 +59,7 @@ def test_both_draw_every_token_of_every_image_and_read_the_whole_text(make_gpt, 
     sizes: dict[str, list] = {"ours": [], "theirs": []}
     gpt.embedding.register_forward_hook(lambda _, args, out: sizes["ours"].append(tuple(args[0].shape)))
     other.model.embed_tokens.register_forward_hook(lambda _, args, out: sizes["theirs"].append(tuple(args[0].shape)))
-    assert our_drawing(gpt, 3, guided)().flatten(1).shape == (3, 6)
+    assert our_drawing(Engine("plain", "fp32", CPU), gpt, 3, guided)().flatten(1).shape == (3, 6)
     rows = 6 if guided else 3
     null = [(1, 4)] if guided else []  # the empty text, padded by one
     assert sizes["ours"] == [(1, 8), *null, *[(rows, 1)] * 5]
@@ -134,24 +136,18 @@ def test_a_rate_is_that_of_the_fastest_spell(monkeypatch) -> None:
     assert best_rate(action, 8.0, "cpu", seconds=20) == 2.0
 
 
-def test_an_engine_that_cannot_be_made_here_is_left_out_and_said(make_gpt, monkeypatch, capsys) -> None:
-    def picky(gpt: GPT, precision: str) -> GPT:
-        if precision == "bf16":
-            raise ConfigError("no bf16 here")
-        return gpt
-
-    monkeypatch.setitem(contestants.ENGINES, "picky", picky)
-    wanted = [Contestant("picky", True, "fp32"), Contestant("picky", True, "bf16")]
+def test_an_engine_that_cannot_be_made_here_is_left_out_and_said(make_gpt, capsys) -> None:
+    wanted = [Contestant("plain", True, "fp32"), Contestant("plain", True, "int8")]
     assert list(drawers(make_gpt().config, wanted, CPU)) == wanted[:1]
-    assert "picky in bf16 is left out: no bf16 here" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="none of our engines can be made here in bf16"):
+    assert "plain in int8 is left out: precision int8: only the engine native" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="none of our engines can be made here in int8"):
         drawers(make_gpt().config, wanted[1:], CPU)
 
 
 def test_int8_stands_beside_theirs_in_fp32_and_bf16() -> None:
-    found = compare.contestants(["int8"], ["static"], ["vqt2i"])
+    found = compare.contestants(["int8"], ["static"], ["native"])
     assert [(who.contestant, who.precision) for who in found] == [
-        ("vqt2i", "int8"), ("static", "fp32"), ("static", "bf16"),
+        ("native", "int8"), ("static", "fp32"), ("static", "bf16"),
     ]  # fmt: skip
 
 
@@ -187,8 +183,8 @@ def test_a_grid_is_square(make_gpt) -> None:
 def test_the_table_is_printed_and_written_and_printed_again(benchmark, tmp_path) -> None:
     out = benchmark("--images", 1, 2, "--out", tmp_path / "found.json")
     assert "30 image ids, 5 + 9 tokens" in out and "Memory is read at 1.0 GB/s" in out
-    cases = [f"| {n} | {g} | {p} | vqt2i |" for n in (1, 2) for g in ("no", "yes") for p in ("fp32", "bf16", "int8")]
-    assert re.findall(r"\| \d \| \w+ \| \w+ \| vqt2i \|", out) == cases * 2
+    cases = [f"| {n} | {g} | {p} | native |" for n in (1, 2) for g in ("no", "yes") for p in ("fp32", "bf16", "int8")]
+    assert re.findall(r"\| \d \| \w+ \| \w+ \| native \|", out) == cases * 2
     assert out.count("| dynamic |") == out.count("| static |") == 2 * 2 * 2
     written = json.loads((tmp_path / "found.json").read_text())
     assert len(written["table"]) == 4 * (3 + 2 * 2)
@@ -201,7 +197,7 @@ def test_parts_and_reranking_are_of_guided_candidates(benchmark, model_folders) 
         "--measure", "parts", "rerank", "--images", 1, 2, "--precision", "fp32", "--model", model_folders
     )  # fmt: skip
     assert "text read (s) | tokens (s) | images decoded (s) | captions scored (s) | until all images (s)" in out
-    assert re.findall(r"\| (\d) \| fp32 \| vqt2i \|", out) == ["1", "2"]
+    assert re.findall(r"\| (\d) \| fp32 \| native \|", out) == ["1", "2"]
     assert "unscored (s) | scored (s)" in out and "scored by CLIP (s)" in out
     assert re.search(r"\| 2 \| fp32 \| .*% \(.* to .*%\) \|$", out)
 
@@ -223,7 +219,7 @@ def test_memory_is_that_of_a_process_for_each(benchmark, monkeypatch) -> None:
 
     monkeypatch.setattr(compare, "ProcessPoolExecutor", in_this_process)  # a new one imports for seconds
     out = benchmark("--measure", "memory", "--images", 1, 2, "--precision", "bf16")
-    assert re.findall(r"\| 2 \| yes \| bf16 \| (\w+) \| [\d,]+ \| [\d,]+ \|", out) == ["vqt2i", "dynamic", "static"]
+    assert re.findall(r"\| 2 \| yes \| bf16 \| (\w+) \| [\d,]+ \| [\d,]+ \|", out) == ["native", "dynamic", "static"]
     assert started == ["spawn"] * 3
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "int8")
 MODES = ("dynamic", "static", "compiled", "frozen")
+ENGINES = ("native", "plain", "compiled")
 MEASURES = ("table", "parts", "rerank", "memory", "scaling")
 
 
@@ -50,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "the most, parts of the fewest and the most")  # fmt: skip
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the weights "
                         "(default: all); int8 has ours in 8 bits beside theirs in fp32 and bf16")  # fmt: skip
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="ours (default: native on CPUs or "
+                        "compiled on GPUs, and plain)")  # fmt: skip
     parser.add_argument("--against", nargs="*", choices=MODES, default=list(MODES), help="modes of transformers: a "
                         "dynamic cache, a static one, compiled, with frozen weights (default: all)")  # fmt: skip
     add_number(parser, "--rounds", 3, "of each, in turns, after one that does not count")
@@ -94,17 +97,24 @@ def _measure(args: argparse.Namespace) -> Any:
     gpt, device = config.model(config.sizes, "none", "none"), pick_device()
     meter = RateMeter(device, tuple(args.precision))
     meter.measure()
-    wanted = contestants(args.precision, args.against)
+    engines = args.engines or ("native" if device.type == "cpu" else "compiled", "plain")
+    wanted = contestants(args.precision, args.against, engines)
     ours = [who for who in wanted if who.ours]
     most = max(args.images)
     timing = {"n_rounds": args.rounds, "device": device}
     pieces = {
         "table": lambda: compare_decoding(gpt, wanted, counts=args.images, meter=meter, **timing),
         "parts": lambda: picture_parts(
-            gpt, load_config(VQGANRunConfig, args.tokenizer).model, args.precision,
+            gpt, load_config(VQGANRunConfig, args.tokenizer).model, args.precision, engines,
             counts=sorted({min(args.images), most}), **timing,
         ),
-        "rerank": lambda: rerank_parts(open_pipeline(args.model, args.runs), n_images=most, n_rounds=args.rounds),
+        "rerank": lambda: (
+            row for precision in args.precision
+            for row in rerank_parts(
+                open_pipeline(args.model, args.runs, engine=engines[0], precision=precision), n_images=most,
+                n_rounds=args.rounds,
+            )
+        ),
         "memory": lambda: measure_memory(gpt, wanted, n_images=most, device=device),
         "scaling": lambda: measure_scaling(gpt, ours, lengths=args.tokens, meter=meter, **timing),
     }  # fmt: skip

@@ -6,7 +6,7 @@ The oracle reads each picture back into its objects, without a trained model. Wr
 import argparse
 from pathlib import Path
 
-from vqt2i.cli.options import RUNS, add_sampling_arguments
+from vqt2i.cli.options import RUNS, add_engine_arguments, add_sampling_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rerank", type=int, default=16, metavar="K", help="candidates per prompt (default: 16)")
     add_sampling_arguments(parser)
+    add_engine_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and pictures (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the result (default: print only)")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.generation.find import open_pipeline
     from vqt2i.runtime import counter
 
-    pipeline = open_pipeline(args.model, args.runs)
+    pipeline = open_pipeline(args.model, args.runs, engine=args.engine, precision=args.precision)
     kinds = tuple(args.kinds.split(","))
     protocol = OracleProtocol(
         kinds, args.n_prompts, args.rerank, args.seed, sampling_from(args, pipeline.config.sampling)
@@ -47,5 +48,7 @@ def run(args: argparse.Namespace) -> None:
         error = max(value["standard_error"] for value in by_scorer.values())
         print(f"{kind:14} {line}  (± {error:.1%})")
     if args.out:
-        facts = dataclasses.asdict(protocol) | {"sampling": protocol.sampling.model_dump()}
+        facts = dataclasses.asdict(protocol) | {
+            "sampling": protocol.sampling.model_dump(), "precision": pipeline.engine.precision,
+        }  # fmt: skip
         write_json(args.out, {"protocol": facts, "models": pipeline.fingerprints, "results": results})

@@ -69,6 +69,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest ids of probability P only")
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """--engine, --precision."""
+    parser.add_argument("--engine", choices=("auto", "plain", "native", "compiled"), default="auto", help="how the GPT "
+                        "decodes: changes the speed only (default: auto, what ends the job soonest)")  # fmt: skip
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="of the GPT's "
+                        "products: lower ones are faster and draw other pictures (default: fp32 on CPUs)")  # fmt: skip
+
+
 def sampling_from(args: argparse.Namespace, defaults: "SamplingConfig") -> "SamplingConfig":
     """A model's sampling defaults with what was given on the command line."""
     from vqt2i.config import build_config

@@ -5,8 +5,9 @@ B batch (images), I image ids, V vocabulary
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vqt2i.generation.sampling import SamplingConfig, draw, guide
 from vqt2i.gpt import GPT
-from vqt2i.nn.cache import BranchedCache, Branches
+from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
 from vqt2i.runtime import stream_seed
 from vqt2i.text import TextBatch, pad_texts
 
@@ -27,11 +28,22 @@ class Job(NamedTuple):
     image_index: int
 
 
-class _Prefilled(NamedTuple):
-    """Rows that have read their prefix: the logits of their first token, (B, V), and their branches."""
+Texts = Sequence[tuple[tuple[int, ...], int]]  # distinct texts, each with the number of images that it stands for
 
-    logits_BV: Tensor
-    branches: list[Branches]
+
+class Drawing(Protocol):
+    """A batch of images, rows in the order of their texts, of which `image_BI` holds what is drawn."""
+
+    image_BI: Tensor
+
+    def step(self, index: int) -> None:
+        """Draw token number `index` of every image; called for each, from the first to the last."""
+
+
+class Start(Protocol):
+    """How a batch is drawn: reads the texts; `uniform_IB` are the numbers in [0, 1) that pick the tokens."""
+
+    def __call__(self, texts: Texts, uniform_IB: Tensor, sampling: SamplingConfig) -> Drawing: ...
 
 
 @torch.inference_mode()
@@ -41,6 +53,7 @@ def decode_image_ids(
     sampling: SamplingConfig,
     seed: int,
     *,
+    start: Start | None = None,
     rows_at_once: int = 64,
     on_token: Callable[[int], None] | None = None,
     on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None = None,
@@ -48,7 +61,7 @@ def decode_image_ids(
     """Draw the ids of every job's image, (jobs, grid height, grid width) on the CPU.
 
     Args:
-        gpt: or its twin from `to_int8`, which is faster on CPUs and draws other images.
+        start: how a batch is drawn; None is by a `PlainDrawing` of the GPT. Changes speed, not the images.
         rows_at_once: images decoded together; a guided token takes two rows of each. Changes memory and speed, not the
             images.
         on_token: called with the number of images that got a token, after each step.
@@ -56,9 +69,10 @@ def decode_image_ids(
             have so far, (images, tokens) on the CPU. Calling that function waits for the device; not calling it costs
             nothing.
     """
+    start = start or partial(PlainDrawing, gpt)
     parts = [
-        _decode_batch(gpt, jobs[start : start + rows_at_once], sampling, seed, on_token, on_partial)
-        for start in range(0, len(jobs), rows_at_once)
+        _decode_batch(gpt, jobs[first : first + rows_at_once], sampling, seed, start, on_token, on_partial)
+        for first in range(0, len(jobs), rows_at_once)
     ]
     layout = gpt.layout.config
     return torch.cat(parts).reshape(len(jobs), layout.grid_height, layout.grid_width)
@@ -74,55 +88,85 @@ def _decode_batch(
     jobs: Sequence[Job],
     sampling: SamplingConfig,
     seed: int,
+    start: Start,
     on_token: Callable[[int], None] | None,
     on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None,
 ) -> Tensor:
-    n, device = gpt.layout.image_length, gpt.device
+    n = gpt.layout.image_length
     # images of one text stand together, and texts of equally many images, so that they share prefixes and products
     counts = Counter(job.text_ids for job in jobs)
     order = sorted(range(len(jobs)), key=lambda i: (counts[jobs[i].text_ids], jobs[i].text_ids))
     inverse = torch.tensor(order).argsort()
-    uniform_IB = torch.from_numpy(np.stack([uniforms(jobs[i], seed, n) for i in order], axis=1)).to(device)
-    guided = sampling.guided_tokens(n)
-
-    logits, branches = _prefill(gpt, sorted(counts.items(), key=lambda item: (item[1], item[0])))
-    conditional = both = BranchedCache(branches)
-    if guided:  # the null condition is the empty text; one prefix of it serves all images
-        null_logits, branches = _prefill(gpt, [((), len(jobs))])
-        null = BranchedCache(branches)
-        both = BranchedCache([*conditional.branches, *null.branches])
-
-    image_BI = torch.empty(len(jobs), n, dtype=torch.long, device=device)
+    uniform_IB = torch.from_numpy(np.stack([uniforms(jobs[i], seed, n) for i in order], axis=1)).to(gpt.device)
+    drawing = start(sorted(counts.items(), key=lambda item: (item[1], item[0])), uniform_IB, sampling)
     for index in range(n):
-        if index in guided:
-            logits = guide(logits.float(), null_logits.float(), sampling.guidance)
-        image_BI[:, index] = draw(logits, uniform_IB[index], sampling)
-        if index + 1 < n:
-            token_B1 = image_BI[:, index : index + 1]
-            if index + 1 not in guided:
-                logits = gpt.step(token_B1, conditional)[:, -1]
-            elif null.n_filled == conditional.n_filled:
-                logits, null_logits = gpt.step(token_B1.repeat(2, 1), both)[:, -1].chunk(2)
-            else:  # guidance begins: the null rows read all tokens so far at once
-                logits = gpt.step(token_B1, conditional)[:, -1]
-                null_logits = gpt.step(image_BI[:, : index + 1], null)[:, -1]
+        drawing.step(index)
         if on_token:
             on_token(len(jobs))
         if on_partial:
-            on_partial(jobs, lambda n_drawn=index + 1: image_BI[:, :n_drawn].cpu()[inverse])
-    return image_BI.cpu()[inverse]
+            on_partial(jobs, lambda n_drawn=index + 1: drawing.image_BI[:, :n_drawn].cpu()[inverse])
+    return drawing.image_BI.cpu()[inverse]
 
 
-def _prefill(gpt: GPT, texts: Sequence[tuple[tuple[int, ...], int]]) -> _Prefilled:
-    """Read each text once for as many images as stand beside it; equal numbers stand together."""
+class PlainDrawing:
+    """Step by step in plain PyTorch, with a `gpt` that has the `layout`, `device`, `prefill` and `step` of `GPT`."""
+
+    def __init__(self, gpt: GPT, texts: Texts, uniform_IB: Tensor, sampling: SamplingConfig) -> None:
+        self.gpt, self.uniform_IB, self.sampling = gpt, uniform_IB, sampling
+        n, n_images = uniform_IB.shape
+        self.guided = sampling.guided_tokens(n)
+        self.logits_BV, branches = _prefilled(gpt, texts)
+        self.conditional = self.both = BranchedCache(branches)
+        if self.guided:  # the null condition is the empty text; one prefix of it serves all images
+            self.null_logits_BV, branches = _prefilled(gpt, [((), n_images)])
+            self.null = BranchedCache(branches)
+            self.both = BranchedCache([*self.conditional.branches, *self.null.branches])
+        self.image_BI = torch.empty(n_images, n, dtype=torch.long, device=gpt.device)
+
+    def step(self, index: int) -> None:
+        """As `Drawing.step`."""
+        if index:
+            self._score(index)
+        logits_BV = self.logits_BV
+        if index in self.guided:
+            logits_BV = guide(logits_BV.float(), self.null_logits_BV.float(), self.sampling.guidance)
+        self.image_BI[:, index] = draw(logits_BV, self.uniform_IB[index], self.sampling)
+
+    def _score(self, index: int) -> None:
+        """The logits of token number `index`, from the one before it."""
+        token_B1 = self.image_BI[:, index - 1 : index]
+        if index not in self.guided:
+            self.logits_BV = self.gpt.step(token_B1, self.conditional)[:, -1]
+        elif self.null.n_filled == self.conditional.n_filled:
+            self.logits_BV, self.null_logits_BV = self.gpt.step(token_B1.repeat(2, 1), self.both)[:, -1].chunk(2)
+        else:  # guidance begins: the null rows read all tokens so far at once
+            self.logits_BV = self.gpt.step(token_B1, self.conditional)[:, -1]
+            self.null_logits_BV = self.gpt.step(self.image_BI[:, :index], self.null)[:, -1]
+
+
+class Prefixes(NamedTuple):
+    """Texts that were read: the logits of their images' first token, (G, V), their keys, and which are no padding."""
+
+    logits_GV: Tensor
+    cache: PrefixCache
+    real_GP: Tensor
+
+
+def read_texts(gpt: GPT, texts: Sequence[Sequence[int]], length: int) -> Prefixes:
+    """Read texts as prefixes of images, each cut or padded to `length` ids."""
+    text = TextBatch(*(t.to(gpt.device) for t in pad_texts([list(ids) for ids in texts], length)))
+    prefix = gpt.layout.text_prefix(text)
+    return Prefixes(*gpt.prefill(prefix), prefix.real_BL)
+
+
+def _prefilled(gpt: GPT, texts: Texts) -> tuple[Tensor, list[Branches]]:
+    """The logits of the images' first tokens, (B, V), and their branches; texts of equally many are read together."""
     logits, branches = [], []
     for n_each, group in groupby(texts, key=lambda item: item[1]):
-        ids = [list(text) for text, _ in group]
+        ids = [text for text, _ in group]
         # padded to the longest of them only: what is not there costs nothing in any step
         longest = min(max(1, *map(len, ids)), gpt.layout.config.text_length)
-        text = TextBatch(*(t.to(gpt.device) for t in pad_texts(ids, longest)))
-        prefix = gpt.layout.text_prefix(text)
-        logits_BV, cache = gpt.prefill(prefix)
-        logits.append(logits_BV.repeat_interleave(n_each, dim=0))
-        branches.append(Branches(cache, prefix.real_BL, n_each, gpt.layout.image_length - 1))
-    return _Prefilled(torch.cat(logits), branches)
+        read = read_texts(gpt, ids, longest)
+        logits.append(read.logits_GV.repeat_interleave(n_each, dim=0))
+        branches.append(Branches(read.cache, read.real_GP, n_each, gpt.layout.image_length - 1))
+    return torch.cat(logits), branches

@@ -17,7 +17,8 @@ from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import Config, load_config
 from vqt2i.data.images import png_bytes, to_uint8
 from vqt2i.errors import CheckpointError, PromptError
-from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.decode import Job, Start, decode_image_ids
+from vqt2i.generation.engine import Engine, EngineName, PrecisionName
 from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
@@ -90,22 +91,49 @@ class TextToImage:
     """The four parts and how to sample from them. `clip` may be None."""
 
     def __init__(
-        self, text: TextTokenizer, vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, config: PipelineConfig
+        self,
+        text: TextTokenizer,
+        vq: ImageTokenizer,
+        gpt: GPT,
+        clip: CLIP | None,
+        config: PipelineConfig,
+        engine: EngineName = "auto",
+        precision: PrecisionName = "auto",
     ) -> None:
         self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
+        self.engine = Engine(engine, precision, gpt.device)
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "auto") -> "TextToImage":
+    def load(
+        cls,
+        folder: Path | str,
+        device: str = "auto",
+        engine: EngineName = "auto",
+        precision: PrecisionName = "auto",
+    ) -> "TextToImage":
         """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` (optional) and `pipeline.yaml`.
+
+        Args:
+            engine: how the GPT decodes, which changes its speed only; "auto" is what ends a job soonest.
+            precision: of the GPT's products; lower ones are faster and draw other pictures. "auto" is fp32 on CPUs.
 
         Raises:
             CheckpointError: a part is missing or damaged, or does not belong with the others.
+            ConfigError: no engine or precision of this name, or not on this device.
         """
         folders = pipeline_folders(Path(folder))
-        return cls.from_parts(folders, load_config(PipelineConfig, Path(folder) / PIPELINE), device)
+        config = load_config(PipelineConfig, Path(folder) / PIPELINE)
+        return cls.from_parts(folders, config, device, engine, precision)
 
     @classmethod
-    def from_parts(cls, folders: dict[str, Path | None], config: PipelineConfig, device: str = "auto") -> "TextToImage":
+    def from_parts(
+        cls,
+        folders: dict[str, Path | None],
+        config: PipelineConfig,
+        device: str = "auto",
+        engine: EngineName = "auto",
+        precision: PrecisionName = "auto",
+    ) -> "TextToImage":
         """Load parts from a folder each (None for no `clip`) and check that they belong together."""
         text = TextTokenizer.load(folders["text"])
         vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
@@ -129,7 +157,7 @@ class TextToImage:
                 hint=hint,
             )
         place = pick_device(device)
-        return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config)
+        return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config, engine, precision)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -223,6 +251,7 @@ class TextToImage:
         parts = (range(start, min(start + at_once, len(prompts))) for start in starts)
         draw = partial(
             self._draw, prompts, count=count, scorer=scorer if scored else None,
+            start=self.engine.start(self.gpt, count * max(0, len(prompts) - (first - first % at_once))),
             sampling=sampling or self.config.sampling, seed=seed, on_token=on_token, on_preview=on_preview,
         )  # fmt: skip
         return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
@@ -234,6 +263,7 @@ class TextToImage:
         *,
         count: int,
         scorer: Scorer | None,
+        start: Start,
         sampling: SamplingConfig,
         seed: int,
         on_token: Callable[[int], None] | None,
@@ -247,8 +277,9 @@ class TextToImage:
             on_preview(Preview(part, lambda: self._decode_part(ids_BI())))
 
         ids_BHW = decode_image_ids(
-            self.gpt, jobs, sampling, seed, on_token=on_token, on_partial=on_partial if on_preview else None
-        )
+            self.gpt, jobs, sampling, seed,
+            start=start, on_token=on_token, on_partial=on_partial if on_preview else None,
+        )  # fmt: skip
         image_B3HW = self._decode(ids_BHW)
         scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scorer else {}
         pictures = to_uint8(image_B3HW)
@@ -303,7 +334,9 @@ class TextToImage:
                 size, image = self.clip.config.image_size_px, image_B3HW[rows]
                 if image.shape[-1] != size:
                     image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-                scores.setdefault("clip", []).append(clip_scores(self.clip, image, texts[rows]))
+                clip = self.engine.clip(self.clip)
+                scores.setdefault("clip", []).append(clip_scores(clip, image, texts[rows]))
             if scorer in ("caption", "both"):
-                scores.setdefault("caption", []).append(caption_scores(self.gpt, ids_BHW[rows], texts[rows]))
+                gpt = self.engine.gpt(self.gpt)
+                scores.setdefault("caption", []).append(caption_scores(gpt, ids_BHW[rows], texts[rows]))
         return {name: torch.cat(parts) for name, parts in scores.items()}

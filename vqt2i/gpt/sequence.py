@@ -151,10 +151,10 @@ class SequenceLayout:
         real = torch.cat((order_BL >= 0, torch.ones_like(boi, dtype=torch.bool)), dim=1)
         return Sequences(torch.cat((ids, boi), dim=1), positions, real)
 
-    def image_part(self, image_BI: Tensor, first: int = 0) -> Sequences:
-        """Image codes (from 0), number `first` and those after it, as sequence ids with their positions."""
+    def image_part(self, image_BI: Tensor, first: int | Tensor = 0) -> Sequences:
+        """Image codes (from 0), number `first` (a tensor: (1,)) and those after it, as ids with their positions."""
         n = image_BI.shape[1]
-        index = torch.arange(first, first + n, device=image_BI.device)
+        index = first + torch.arange(n, device=image_BI.device)
         width = self.config.grid_width
         coordinates = torch.stack((torch.zeros_like(index), index // width + 1, index % width + 1), dim=-1)
         positions = coordinates.expand(image_BI.shape[0], n, 3)

@@ -89,10 +89,10 @@ class NativeTransformer(nn.Module):
         super().__init__()
         device = next(transformer.parameters()).device
         if device.type != "cpu":
-            raise ConfigError(f"engine native: the model is on {device}, expected cpu; take engine plain")
+            raise ConfigError(f"the model is on {device}, expected cpu; take the engine plain or compiled")
         if config.head_width not in HEAD_WIDTHS:
-            raise ConfigError(f"engine native: heads are {config.head_width} wide, expected one of "
-                              f"{', '.join(map(str, HEAD_WIDTHS))}; take engine plain")  # fmt: skip
+            raise ConfigError(f"heads are {config.head_width} wide, expected one of "
+                              f"{', '.join(map(str, HEAD_WIDTHS))}; take the engine plain")  # fmt: skip
         self.config, self.precision, self.visible = config, precision, visible
         self.cache_format: NativePrecision = "fp32" if precision == "fp32" else "bf16"
         self._library, self._transformer = load_library("native.cpp"), [transformer]  # in a list: no submodule

@@ -14,7 +14,6 @@ from vqt2i.runtime import keep_freed_memory, peak_memory
 from vqt2i.training.compare import time_in_turns
 from vqt2i.training.decoding.ceilings import RateMeter
 from vqt2i.training.decoding.contestants import (
-    ENGINES,
     DecodingPrecision,
     Drawer,
     made_or_said,
@@ -37,7 +36,7 @@ class Contestant(NamedTuple):
 
 
 def contestants(
-    precisions: Sequence[DecodingPrecision], modes: Sequence[str], engines: Sequence[str] = tuple(ENGINES)
+    precisions: Sequence[DecodingPrecision], modes: Sequence[str], engines: Sequence[str]
 ) -> list[Contestant]:
     """Ours in each precision; theirs too, but beside int8, which they lack, in fp32 and bf16."""
     theirs = [p for p in ("fp32", "bf16") if p in precisions or "int8" in precisions]

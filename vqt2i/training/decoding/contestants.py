@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vqt2i.errors import ConfigError
 from vqt2i.generation.decode import Job, decode_image_ids
-from vqt2i.generation.int8 import to_int8
+from vqt2i.generation.engine import Engine
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, SequenceLayout
 from vqt2i.runtime import say
@@ -17,19 +17,13 @@ from vqt2i.training.compare import llama
 T = TypeVar("T")
 GUIDANCE = 2.0  # any scale but 1 costs the same
 DecodingPrecision = Literal["fp32", "bf16", "int8"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # before matrices are made 8 bits
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # of what reads texts
 
 Draw = Callable[[], Tensor]
 Drawer = Callable[[int, bool], Draw]  # (number of images, guided)
 
 
-def plain(gpt: GPT, precision: DecodingPrecision) -> GPT:
-    """The model itself, or its twin of 8-bit matrices, by PyTorch's own operators."""
-    return to_int8(gpt) if precision == "int8" else gpt.to(DTYPES[precision])
-
-
-# what makes an engine of a GPT in fp32 that nobody else holds; ConfigError: not in this precision, or not here
-ENGINES: dict[str, Callable[[GPT, DecodingPrecision], GPT]] = {"vqt2i": plain}
+ENGINES = ("native", "plain", "compiled")  # as `Engine` calls them
 
 
 class Mode(NamedTuple):
@@ -59,9 +53,14 @@ def made_or_said(label: str, make: Callable[[], T]) -> T | None:
 
 
 def our_drawer(engine: str, config: GPTConfig, precision: DecodingPrecision, device: torch.device) -> Drawer:
-    """Draws with one of `ENGINES`, of random weights, after a text of full length."""
-    made = ENGINES[engine](random_gpt(config, device), precision)
-    return lambda n_images, guided: our_drawing(made, n_images, guided)
+    """Draws with one of `ENGINES`, of random weights, after a text of full length.
+
+    Raises:
+        ConfigError: not here, or not in this precision.
+    """
+    made, gpt = Engine(engine, precision, device), random_gpt(config, device)
+    made.gpt(gpt)
+    return lambda n_images, guided: our_drawing(made, gpt, n_images, guided)
 
 
 def their_drawer(mode: str, config: GPTConfig, precision: DecodingPrecision, device: torch.device) -> Drawer:
@@ -83,12 +82,12 @@ def random_gpt(config: GPTConfig, device: torch.device) -> GPT:
         return GPT(config).eval()
 
 
-def our_drawing(engine: GPT, n_images: int, guided: bool) -> Draw:
+def our_drawing(engine: Engine, gpt: GPT, n_images: int, guided: bool) -> Draw:
     """A job that draws candidates of one text."""
     sampling = SamplingConfig(guidance=GUIDANCE if guided else 1.0)
-    text = (0,) * engine.layout.config.text_length
+    text = (0,) * gpt.layout.config.text_length
     jobs = [Job(text, 0, i) for i in range(n_images)]
-    return lambda: decode_image_ids(engine, jobs, sampling, seed=0)
+    return lambda: decode_image_ids(gpt, jobs, sampling, seed=0, start=engine.start(gpt, n_images))
 
 
 def their_drawing(other: nn.Module, config: GPTConfig, mode: Mode, n_images: int, guided: bool) -> Draw:
