@@ -90,24 +90,25 @@ def test_picks_have_the_distribution_of_the_logits() -> None:
 
 def test_temperature_comes_before_the_filters() -> None:
     uniforms = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    hot = SamplingConfig(temperature=4.0, top_p=0.5)
+    hot = SamplingConfig(top_p=0.5)
     sharpened = (LOGITS / 4).softmax(-1)[0]
     assert sharpened[0] < 0.5 < sharpened[:2].sum()
-    assert set(draw(LOGITS.expand(2000, 4), uniforms, hot).tolist()) == {0, 1}
+    assert set(draw(LOGITS.expand(2000, 4), uniforms, hot, 4.0).tolist()) == {0, 1}
     both = SamplingConfig(top_k=3, top_p=0.5)  # of the three kept the first has 4/9, so two reach a half
-    assert set(draw(LOGITS.expand(2000, 4), uniforms, both).tolist()) == {0, 1}
+    assert set(draw(LOGITS.expand(2000, 4), uniforms, both, 1.0).tolist()) == {0, 1}
 
 
 def test_top_k_1_is_greedy_whatever_the_number() -> None:
     logits = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
-    found = draw(logits, torch.rand(64), SamplingConfig(top_k=1, temperature=50))
+    found = draw(logits, torch.rand(64), SamplingConfig(top_k=1), 50.0)
     assert torch.equal(found, logits.argmax(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_drawn_from_in_full(dtype: torch.dtype) -> None:
     logits, uniforms = torch.randn(64, 9).to(dtype), torch.rand(64, dtype=torch.float64)
-    assert torch.equal(draw(logits, uniforms, SamplingConfig()), draw(logits.float(), uniforms, SamplingConfig()))
+    half, full = (draw(x, uniforms, SamplingConfig(), 1.0) for x in (logits, logits.float()))
+    assert torch.equal(half, full)
 
 
 def test_the_guided_tokens_are_those_of_the_interval() -> None:
