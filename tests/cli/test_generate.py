@@ -47,12 +47,15 @@ def test_equal_commands_draw_equal_pictures_and_other_seeds_others(draw) -> None
 
 def test_every_setting_reaches_the_pictures_metadata(draw) -> None:
     options = ["--guidance", 3, "--temperature", 0.9, "--top-k", 5, "--top-p", 0.8, "--seed", 7, "--rerank", 2]
-    options += ["--guidance-interval", 0.25, 1]
+    options += ["--guidance-interval", 0.25, 1, "--guidance-schedule", "linear", "--temperature-end", 0.5]
+    options += ["--min-p", 0.1, "--jacobi-window", 4, "--negative", "a green square", "--mix", "蓝色正方形", 0.3]
     assert draw("x", *options, "--scorer", "caption", "--out", "o") == 0
     facts = json.loads(Image.open("o/000-00.png").text["vqt2i"])
     assert facts["settings"] == {
         "guidance": 3.0, "temperature": 0.9, "top_k": 5, "top_p": 0.8, "seed": 7, "rerank": 2, "scorer": "caption",
-        "guidance_interval": [0.25, 1.0], "precision": "fp32",
+        "precision": "fp32",
+        "guidance_interval": [0.25, 1.0], "guidance_schedule": "linear", "temperature_end": 0.5, "min_p": 0.1,
+        "jacobi_window": 4, "negative": "a green square", "mix": ["蓝色正方形", 0.3],
     }  # fmt: skip
     assert set(facts["scores"]) == {"caption"}
 
@@ -100,6 +103,15 @@ def test_hostile_prompts_are_drawn(draw, prompt: str, capsys: pytest.CaptureFixt
         (["--guidance", "nan"], "guidance"),
         (["--guidance", "-1"], "guidance"),
         (["--guidance-interval", "0.5", "0.2"], "guidance_interval: found 0.5 to 0.2"),
+        (["--guidance-schedule", "quadratic"], "--guidance-schedule: invalid choice: 'quadratic'"),
+        (["--temperature-end", 0], "temperature_end"),
+        (["--min-p", 1.5], "min_p: Input should be less than or equal to 1"),
+        (["--jacobi-window", 0], "jacobi_window"),
+        (["--mix", "y", "half"], "--mix: found a share of 'half'"),
+        (["--mix", "y", 1], "share of 'y': found 1"),
+        (["--mix", "red " * 20, 0.5], "the model reads 12"),
+        (["--negative", "red " * 20], "the model reads 12"),
+        (["--negative", "y", "--guidance", 1], "negative prompt 'y': guidance 1 from 0 to 1"),
         (["--guidance", "much"], "--guidance: invalid float value: 'much'"),
         (["--scorer", "beauty", "--rerank", 2], "--scorer: invalid choice: 'beauty'"),
         (["--scorer", "clip"], "--scorer clip: nothing is ranked without --rerank"),
@@ -123,6 +135,16 @@ def test_a_model_that_is_not_there_or_is_none_is_told(fails, in_empty_folder: Pa
 def test_an_out_that_is_a_file_is_told_before_drawing(fails, in_empty_folder: Path, model_folders: Path) -> None:
     (in_empty_folder / "file").touch()
     assert "--out file" in fails("generate", "x", "--model", model_folders, "--out", "file")
+
+
+def test_passes_saved_are_told_and_written(draw, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw("x", "--n", 2, "--out", "plain") == 0
+    assert "passes of the GPT" not in capsys.readouterr().err
+    assert [c["n_passes"] for c in scores_of("plain")[0]["candidates"]] == [16, 16]
+    assert draw("x", "--n", 2, "--jacobi-window", 8, "--top-k", 1, "--out", "o") == 0
+    n_passes = [c["n_passes"] for c in scores_of("o")[0]["candidates"]]
+    assert max(n_passes) <= 16
+    assert f"{sum(n_passes) / 2:.1f} passes of the GPT for the 16 tokens of an image" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -187,6 +209,8 @@ def test_a_finished_job_draws_nothing_more(draw, capsys: pytest.CaptureFixture[s
         (["x", "y", "w"], "other prompts (2, now 3; number 3 is none, now 'w')"),
         (["x", "y", "--seed", 1], "seed 0, now 1"),
         (["x", "y", "--n", 2], "n 1, now 2"),
+        (["x", "y", "--negative", "z", "--mix", "z", 0.5], "negative None, now z; mix None, now ['z', 0.5]"),
+        (["x", "y", "--min-p", 0.5, "--jacobi-window", 8], "min_p None, now 0.5; jacobi_window None, now 8"),
         (["x", "y", "--temperature", 0.5, "--rerank", 2], "temperature 1.0, now 0.5; rerank None, now 2"),
     ],
 )

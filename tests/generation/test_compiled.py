@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vqt2i.generation.compiled import CompiledEngine, compile_step
-from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.decode import Job, PlainDrawing, decode_image_ids
 from vqt2i.generation.int8 import to_int8
+from vqt2i.generation.rows import Mixed
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT
 from vqt2i.text import pad_texts
@@ -27,6 +28,7 @@ SETTINGS = [
     SamplingConfig(guidance=0.0, top_p=0.8),
     SamplingConfig(guidance=3.0, guidance_interval=(0.3, 0.8)),
     SamplingConfig(guidance=3.0, guidance_interval=(0, 0.5), top_k=1),
+    SamplingConfig(guidance=3.0, guidance_schedule="linear", temperature_end=0.3, min_p=0.1),
     GREEDY,
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -98,6 +100,13 @@ def test_texts_of_different_length_draw_together_what_each_draws_alone(gpt: GPT)
         assert torch.equal(decode_image_ids(gpt, [job], SETTINGS[1], 5, start=alone)[0], together[row])
 
 
+def test_negative_and_mixed_prompts_are_drawn_plainly(gpt: GPT) -> None:
+    jobs = [Job((1, 2), 0, 0, negative_ids=(3,)), Job((1, 2), 0, 1, mixed=Mixed((4,), 0.5))]
+    for job in jobs:
+        drawing = CompiledEngine(gpt, uncompiled)([job], torch.rand(6, 1, dtype=torch.double), SETTINGS[1])
+        assert isinstance(drawing, PlainDrawing)
+
+
 def test_8_bit_weights_draw_what_they_draw_plainly(gpt: GPT) -> None:
     twin = to_int8(gpt)
     found = decode_image_ids(twin, JOBS, SETTINGS[1], 5, start=CompiledEngine(twin, uncompiled))
@@ -107,12 +116,12 @@ def test_8_bit_weights_draw_what_they_draw_plainly(gpt: GPT) -> None:
 def test_nothing_that_was_given_is_changed(gpt: GPT) -> None:
     weights = {name: value.clone() for name, value in gpt.state_dict().items()}
     uniform_IB = torch.rand(6, 2, dtype=torch.double)
-    numbers, texts = uniform_IB.clone(), [((1, 2), 2)]
+    numbers, jobs = uniform_IB.clone(), [Job((1, 2), 0, 0), Job((1, 2), 0, 1)]
     with torch.inference_mode():
-        drawing = CompiledEngine(gpt, uncompiled)(texts, uniform_IB, SETTINGS[1])
+        drawing = CompiledEngine(gpt, uncompiled)(jobs, uniform_IB, SETTINGS[1])
         for index in range(6):
             drawing.step(index)
-    assert torch.equal(uniform_IB, numbers) and texts == [((1, 2), 2)]
+    assert torch.equal(uniform_IB, numbers) and jobs == [Job((1, 2), 0, 0), Job((1, 2), 0, 1)]
     assert all(torch.equal(value, weights[name]) for name, value in gpt.state_dict().items())
 
 
@@ -122,8 +131,8 @@ def test_it_goes_on_wherever_tokens_are_drawn_already(gpt: GPT, sampling: Sampli
         def __init__(self, n_drawn: int) -> None:
             self.n_drawn = n_drawn
 
-        def __call__(self, texts, uniform_IB, sampling):
-            drawing = engine(texts, uniform_IB, sampling, expected.flatten(1)[:, : self.n_drawn])
+        def __call__(self, jobs, uniform_IB, sampling):
+            drawing = engine(jobs, uniform_IB, sampling, expected.flatten(1)[:, : self.n_drawn])
             step, drawing.step = drawing.step, lambda index: step(index) if index >= self.n_drawn else None
             return drawing
 

@@ -149,7 +149,7 @@ JOBS = [Job(text, prompt, image) for prompt, text in enumerate([(1, 2, 3), (), (
 
 @pytest.mark.parametrize("sampling", [
     SamplingConfig(guidance=1.0), SamplingConfig(guidance=3.0, top_k=5), SamplingConfig(guidance=2.0, top_k=1),
-    SamplingConfig(guidance=3.0, guidance_interval=(0.3, 0.8), top_p=0.9),
+    SamplingConfig(guidance=3.0, guidance_interval=(0.3, 0.8), top_p=0.9), SamplingConfig(jacobi_window=4),
 ], ids=str)  # fmt: skip
 def test_fp32_images_are_the_gpts(gpt: GPT, sampling: SamplingConfig) -> None:
     expected = decode_image_ids(gpt, JOBS, sampling, seed=5)

@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scorer", choices=("clip", "caption", "both"), help="what ranks the candidates "
                         "(default: both where the model has a CLIP, else caption)")  # fmt: skip
     add_sampling_arguments(parser)
+    parser.add_argument("--negative", metavar="TEXT", help="guidance leads away from this (default: from no text)")
+    parser.add_argument("--mix", nargs=2, metavar=("TEXT", "SHARE"), help="mix each prompt with another text, which "
+                        "gets this share, between 0 and 1, of the say")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default: 0)")
     parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.errors import PromptError
     from vqt2i.generation.find import open_pipeline
     from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder
+    from vqt2i.generation.pipeline import Mix
     from vqt2i.generation.prompts import read_prompts
     from vqt2i.runtime import counter, say
     from vqt2i.text import clean_text
@@ -48,10 +52,13 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.file) if args.file else args.prompts
     pipeline = open_pipeline(args.model, args.runs, engine=args.engine, precision=args.precision)
     sampling = sampling_from(args, pipeline.config.sampling)
+    negative, mix = args.negative and clean_text(args.negative), args.mix and Mix(clean_text(args.mix[0]), _share(args))
     prompts = [clean_text(prompt) for prompt in prompts or pipeline.config.example_prompts or [""]]
     scorer = (args.scorer or pipeline.default_scorer) if args.rerank else None
-    settings = {**sampling.model_dump(), "rerank": args.rerank, "scorer": scorer, "seed": args.seed}
-    settings["precision"] = pipeline.engine.precision
+    settings = {
+        **sampling.model_dump(), "negative": negative, "mix": mix, "rerank": args.rerank, "scorer": scorer,
+        "seed": args.seed, "precision": pipeline.engine.precision,
+    }  # fmt: skip
     out = args.out or next_folder(Path("outputs"))
     outputs = OutputFolder(out, Request(prompts, n, settings, pipeline.fingerprints))
     if args.preview:
@@ -61,17 +68,18 @@ def run(args: argparse.Namespace) -> None:
     count = args.rerank or n
     total, tokens_per_image = (len(prompts) - outputs.n_done) * count, pipeline.gpt.layout.image_length
     preview = PreviewFile(out / "preview.png") if args.preview else None
-    truncated = []
+    truncated, n_passes = [], []
     try:
         with counter("drawing", total, unit="images") as advance:
             groups = pipeline.stream(
                 prompts, count, first=outputs.n_done, scorer=scorer, scored=args.rerank is not None,
-                sampling=sampling, seed=args.seed, on_token=lambda n_images: advance(n_images / tokens_per_image),
-                on_preview=preview,
+                sampling=sampling, negative=negative, mix=mix, seed=args.seed,
+                on_token=lambda n_tokens: advance(n_tokens / tokens_per_image), on_preview=preview,
             )  # fmt: skip
             with outputs, preview or nullcontext():
                 for group in groups:
                     outputs.write(group)
+                    n_passes += [sample.n_passes for sample in group]
                     if group[0].n_truncated:
                         truncated.append((group[0].prompt[:40], group[0].n_truncated))
     except KeyboardInterrupt:
@@ -81,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
         say(f"prompt {prompt!r}: its last {n_ids} ids did not fit and were left out")
     if truncated[3:]:
         say(f"so it was with {len(truncated) - 3:,} more prompts; scores.jsonl has how many ids (n_truncated_ids)")
+    if sampling.jacobi_window and n_passes:
+        say(f"{sum(n_passes) / len(n_passes):.1f} passes of the GPT for the {tokens_per_image} tokens of an image")
     grids = f"{outputs.grids[0]}" + (f" to {outputs.grids[-1].name}" if len(outputs.grids) > 1 else "")
     print(f"{len(prompts) * n:,} pictures in {out}, all of them in {grids}")
 
@@ -96,5 +106,17 @@ def _check(args: argparse.Namespace) -> None:
             raise PromptError(f"{name}: found {value}, expected 1 or more")
     if args.scorer and not args.rerank:
         raise PromptError(f"--scorer {args.scorer}: nothing is ranked without --rerank K")
+    if args.mix:
+        _share(args)
     if args.out and args.out.is_file():
         raise UserError(f"--out {args.out}: a file; expected a folder")
+
+
+def _share(args: argparse.Namespace) -> float:
+    """The number in --mix TEXT SHARE."""
+    from vqt2i.errors import PromptError
+
+    try:
+        return float(args.mix[1])
+    except ValueError:
+        raise PromptError(f"--mix: found a share of {args.mix[1]!r}, expected a number between 0 and 1") from None

@@ -59,14 +59,24 @@ def _resume(value: str) -> str | Path:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """--guidance, --guidance-interval, --temperature, --top-k, --top-p."""
+    """--guidance, --temperature and the other settings of `SamplingConfig`."""
     parser.add_argument("--guidance", type=float, metavar="S", help="1 is none (default: the model's own)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"),
                         help="the shares of an image's tokens from and to which guidance acts "
                              "(default: the model's own)")  # fmt: skip
+    parser.add_argument("--guidance-schedule", choices=("constant", "linear", "cosine"),
+                        help="how guidance comes to its full strength over its interval (default: the model's own)"
+                        )  # fmt: skip
     parser.add_argument("--temperature", type=float, metavar="T", help="default: the model's own")
+    parser.add_argument("--temperature-end", type=float, metavar="T",
+                        help="of an image's last token, to which it goes in equal steps")  # fmt: skip
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest ids only")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest ids of probability P only")
+    parser.add_argument("--min-p", type=float, metavar="P",
+                        help="draw only from ids at least P times as likely as the likeliest")  # fmt: skip
+    parser.add_argument("--jacobi-window", type=int, metavar="W",
+                        help="draw image after image, each by passes over W tokens at once: fewer of them, of the same "
+                             "distribution (docs/decoding.md)")  # fmt: skip
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +91,7 @@ def sampling_from(args: argparse.Namespace, defaults: "SamplingConfig") -> "Samp
     """A model's sampling defaults with what was given on the command line."""
     from vqt2i.config import build_config
 
-    names = ("guidance", "guidance_interval", "temperature", "top_k", "top_p")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = {name: value for name in type(defaults).model_fields if (value := getattr(args, name)) is not None}
     return build_config(type(defaults), defaults.model_dump() | given, "sampling")
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from vqt2i.files import cache_folder
-from vqt2i.generation.decode import Prefixes, Texts, read_texts
+from vqt2i.generation.decode import PlainDrawing
 from vqt2i.generation.int8 import Int8Linear
+from vqt2i.generation.rows import Job, Prefixes, TextIds, count_runs, read_texts
 from vqt2i.generation.sampling import SamplingConfig, draw, guide
 from vqt2i.gpt import GPT
 from vqt2i.nn.cache import BranchedCache, StaticBranches
@@ -41,6 +42,7 @@ class Shape(NamedTuple):
     guided: bool
     top_k: int | None
     top_p: float | None
+    min_p: float | None
     dtype: torch.dtype
 
 
@@ -49,7 +51,7 @@ class Room:
 
     def __init__(self, gpt: GPT, shape: Shape, read: Prefixes, null: Prefixes | None) -> None:
         self.gpt, self.shape = gpt, shape
-        self.filters = SamplingConfig(top_k=shape.top_k, top_p=shape.top_p)
+        self.filters = SamplingConfig(top_k=shape.top_k, top_p=shape.top_p, min_p=shape.min_p)
         n, n_images = gpt.layout.image_length, shape.n_texts * shape.n_each
 
         def room_after(prefixes: Prefixes, n_prefixes: int) -> StaticBranches:
@@ -74,8 +76,8 @@ class Room:
         """Guide, filter, pick: write the tokens of number `index_1`, (1,)."""
         if null_logits_BV is not None:
             logits_BV = guide(logits_BV.float(), null_logits_BV.float(), self.scale_I[index_1])
-        logits_BV = logits_BV.float() / self.temperature_I[index_1]
-        token_B = draw(logits_BV, self.uniform_IB.index_select(0, index_1).squeeze(0), self.filters)
+        uniform_B = self.uniform_IB.index_select(0, index_1).squeeze(0)
+        token_B = draw(logits_BV, uniform_B, self.filters, self.temperature_I[index_1])
         self.image_BI.index_copy_(1, index_1, token_B[:, None])
 
 
@@ -170,11 +172,12 @@ class CompiledDrawing:
         (read, null), n_images = prefixes, uniform_IB.shape[1]
         self.image_BI = room.image_BI[:n_images]
         room.uniform_IB[:, :n_images] = uniform_IB
-        room.scale_I.fill_(sampling.guidance)
-        room.temperature_I.fill_(sampling.temperature)
+        n = len(uniform_IB)
+        room.scale_I.copy_(torch.tensor(sampling.guidance_scales(n)))
+        room.temperature_I.copy_(torch.tensor(sampling.temperatures(n)))
         rows = torch.tensor(rows_G, device=uniform_IB.device)
         room.conditional.restart(read.cache, read.real_GP, rows)
-        self.guided, self._null_is_behind = sampling.guided_tokens(len(uniform_IB)), True
+        self.guided, self._null_is_behind = sampling.guided_tokens(n), True
         if null:
             room.null.restart(null.cache, null.real_GP, torch.zeros_like(rows[:1]))
         n_drawn = drawn_BI.shape[1] if drawn_BI is not None else 0
@@ -213,9 +216,15 @@ class CompiledEngine:
         self._kept: list[Steps] = []  # the last used ones last
 
     def __call__(
-        self, texts: Texts, uniform_IB: Tensor, sampling: SamplingConfig, drawn_BI: Tensor | None = None
-    ) -> CompiledDrawing:
-        """As `Start`; goes on where tokens are drawn already, (B, their number)."""
+        self, jobs: Sequence[Job], uniform_IB: Tensor, sampling: SamplingConfig, drawn_BI: Tensor | None = None
+    ) -> CompiledDrawing | PlainDrawing:
+        """As `Start`; goes on where tokens are drawn already, (B, their number).
+
+        Negative and mixed prompts are drawn plainly.
+        """
+        if not self.serves(jobs):
+            return PlainDrawing(self.gpt, jobs, uniform_IB, sampling)
+        texts = count_runs(job.text_ids for job in jobs)
         gpt, shape = self.gpt, self.shape(texts, sampling)
         read = read_texts(gpt, [text for text, _ in texts], gpt.layout.config.text_length)
         null = read_texts(gpt, [()], 1) if shape.guided else None
@@ -225,11 +234,17 @@ class CompiledEngine:
         rows_G += rows_G[-1:] * (steps.room.shape.n_texts - shape.n_texts)
         return CompiledDrawing(steps, (read, null), rows_G, uniform_IB, sampling, drawn_BI)
 
-    def shape(self, texts: Texts, sampling: SamplingConfig) -> Shape:
+    @staticmethod
+    def serves(jobs: Sequence[Job]) -> bool:
+        """Whether there is nothing but a text for each image."""
+        return not any(job.negative_ids or job.mixed for job in jobs)
+
+    def shape(self, texts: Sequence[tuple[TextIds, int]], sampling: SamplingConfig) -> Shape:
         """What these images need: every text the same number of rows, and texts of more images several times."""
         counts = [count for _, count in texts]
         n_each, guided = gcd(*counts), bool(sampling.guided_tokens(self.gpt.layout.image_length))
-        return Shape(sum(counts) // n_each, n_each, guided, sampling.top_k, sampling.top_p, self.gpt.cached_dtype)
+        filters = sampling.top_k, sampling.top_p, sampling.min_p
+        return Shape(sum(counts) // n_each, n_each, guided, *filters, self.gpt.cached_dtype)
 
     def find(self, shape: Shape) -> Steps | None:
         """The kept steps that fit, of the smallest number of texts."""

@@ -1,38 +1,31 @@
 """Image ids from texts: prefill each distinct text once, share it among its candidates, step all images together.
 
-B batch (images), I image ids, V vocabulary
+B batch (images), I image ids
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqt2i.generation.sampling import SamplingConfig, draw, guide
+from vqt2i.generation.jacobi import jacobi_passes
+from vqt2i.generation.rows import GuidedRows, Job
+from vqt2i.generation.sampling import SamplingConfig, draw
 from vqt2i.gpt import GPT
-from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
 from vqt2i.runtime import stream_seed
-from vqt2i.text import TextBatch, pad_texts
 
-
-class Job(NamedTuple):
-    """One image to draw: the ids of its text, and the numbers that, with the seed, make its random stream."""
-
-    text_ids: tuple[int, ...]
-    prompt_index: int
-    image_index: int
-
-
-Texts = Sequence[tuple[tuple[int, ...], int]]  # distinct texts, each with the number of images that it stands for
+OnToken = Callable[[int], None]
+OnPartial = Callable[[Sequence[Job], Callable[[], Tensor]], None]
+OnPasses = Callable[[Job, int], None]
 
 
 class Drawing(Protocol):
-    """A batch of images, rows in the order of their texts, of which `image_BI` holds what is drawn."""
+    """A batch of images, rows in the order of their jobs, of which `image_BI` holds what is drawn."""
 
     image_BI: Tensor
 
@@ -43,7 +36,7 @@ class Drawing(Protocol):
 class Start(Protocol):
     """How a batch is drawn: reads the texts; `uniform_IB` are the numbers in [0, 1) that pick the tokens."""
 
-    def __call__(self, texts: Texts, uniform_IB: Tensor, sampling: SamplingConfig) -> Drawing: ...
+    def __call__(self, jobs: Sequence[Job], uniform_IB: Tensor, sampling: SamplingConfig) -> Drawing: ...
 
 
 @torch.inference_mode()
@@ -55,32 +48,59 @@ def decode_image_ids(
     *,
     start: Start | None = None,
     rows_at_once: int = 64,
-    on_token: Callable[[int], None] | None = None,
-    on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None = None,
+    on_token: OnToken | None = None,
+    on_partial: OnPartial | None = None,
+    on_passes: OnPasses | None = None,
 ) -> Tensor:
     """Draw the ids of every job's image, (jobs, grid height, grid width) on the CPU.
 
     Args:
-        start: how a batch is drawn; None is by a `PlainDrawing` of the GPT. Changes speed, not the images.
+        gpt: or what has its `layout`, `device`, `prefill` and `step`.
+        start: how a batch is drawn; None is by a `PlainDrawing`. Changes speed, not the images.
         rows_at_once: images decoded together; a guided token takes two rows of each. Changes memory and speed, not the
-            images.
-        on_token: called with the number of images that got a token, after each step.
+            images. With a `jacobi_window` each is drawn alone, for each goes on at a pace of its own.
+        on_token: called with the number of tokens that were drawn, after each step.
         on_partial: called after each step with the images being drawn and a function that returns the ids that they
             have so far, (images, tokens) on the CPU. Calling that function waits for the device; not calling it costs
             nothing.
+        on_passes: called with each image that is done and how many passes of the GPT it took, that of its text
+            included: as many as tokens, or fewer with a `jacobi_window`.
     """
-    start = start or partial(PlainDrawing, gpt)
+    if sampling.jacobi_window is None:
+        size, decode = rows_at_once, partial(_decode_batch, start=start or partial(PlainDrawing, gpt))
+    else:
+        size, decode = len(jobs), _decode_in_turn
     parts = [
-        _decode_batch(gpt, jobs[first : first + rows_at_once], sampling, seed, start, on_token, on_partial)
-        for first in range(0, len(jobs), rows_at_once)
+        decode(gpt, jobs[first : first + size], sampling, seed, on_token, on_partial, on_passes)
+        for first in range(0, len(jobs), size)
     ]
     layout = gpt.layout.config
     return torch.cat(parts).reshape(len(jobs), layout.grid_height, layout.grid_width)
 
 
+def stream(job: Job, seed: int) -> np.random.Generator:
+    """The random numbers of an image: a function of (seed, prompt, image) alone."""
+    return np.random.default_rng(stream_seed("image", seed, job.prompt_index, job.image_index))
+
+
 def uniforms(job: Job, seed: int, n: int) -> np.ndarray:
     """The numbers in [0, 1) that pick the image's n tokens: a function of (seed, prompt, image, token) alone."""
-    return np.random.default_rng(stream_seed("image", seed, job.prompt_index, job.image_index)).random(n)
+    return stream(job, seed).random(n)
+
+
+class PlainDrawing:
+    """Step by step, with a `gpt` that has the `layout`, `device`, `prefill` and `step` of `GPT`."""
+
+    def __init__(self, gpt: GPT, jobs: Sequence[Job], uniform_IB: Tensor, sampling: SamplingConfig) -> None:
+        self.gpt, self.uniform_IB, self.sampling = gpt, uniform_IB, sampling
+        n = len(uniform_IB)
+        self.temperatures, self.rows = sampling.temperatures(n), GuidedRows(gpt, jobs, sampling)
+        self.image_BI = torch.empty(len(jobs), n, dtype=torch.long, device=gpt.device)
+
+    def step(self, index: int) -> None:
+        """As `Drawing.step`."""
+        logits_BV = self.rows.logits(self.image_BI[:, :index])[:, -1]
+        self.image_BI[:, index] = draw(logits_BV, self.uniform_IB[index], self.sampling, self.temperatures[index])
 
 
 def _decode_batch(
@@ -88,85 +108,56 @@ def _decode_batch(
     jobs: Sequence[Job],
     sampling: SamplingConfig,
     seed: int,
+    on_token: OnToken | None,
+    on_partial: OnPartial | None,
+    on_passes: OnPasses | None,
+    *,
     start: Start,
-    on_token: Callable[[int], None] | None,
-    on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None,
 ) -> Tensor:
+    """All images together, a token of each in a step."""
     n = gpt.layout.image_length
     # images of one text stand together, and texts of equally many images, so that they share prefixes and products
     counts = Counter(job.text_ids for job in jobs)
     order = sorted(range(len(jobs)), key=lambda i: (counts[jobs[i].text_ids], jobs[i].text_ids))
     inverse = torch.tensor(order).argsort()
     uniform_IB = torch.from_numpy(np.stack([uniforms(jobs[i], seed, n) for i in order], axis=1)).to(gpt.device)
-    drawing = start(sorted(counts.items(), key=lambda item: (item[1], item[0])), uniform_IB, sampling)
+    drawing = start([jobs[i] for i in order], uniform_IB, sampling)
     for index in range(n):
         drawing.step(index)
         if on_token:
             on_token(len(jobs))
         if on_partial:
             on_partial(jobs, lambda n_drawn=index + 1: drawing.image_BI[:, :n_drawn].cpu()[inverse])
+    for job in jobs if on_passes else ():
+        on_passes(job, n)
     return drawing.image_BI.cpu()[inverse]
 
 
-class PlainDrawing:
-    """Step by step in plain PyTorch, with a `gpt` that has the `layout`, `device`, `prefill` and `step` of `GPT`."""
-
-    def __init__(self, gpt: GPT, texts: Texts, uniform_IB: Tensor, sampling: SamplingConfig) -> None:
-        self.gpt, self.uniform_IB, self.sampling = gpt, uniform_IB, sampling
-        n, n_images = uniform_IB.shape
-        self.guided = sampling.guided_tokens(n)
-        self.logits_BV, branches = _prefilled(gpt, texts)
-        self.conditional = self.both = BranchedCache(branches)
-        if self.guided:  # the null condition is the empty text; one prefix of it serves all images
-            self.null_logits_BV, branches = _prefilled(gpt, [((), n_images)])
-            self.null = BranchedCache(branches)
-            self.both = BranchedCache([*self.conditional.branches, *self.null.branches])
-        self.image_BI = torch.empty(n_images, n, dtype=torch.long, device=gpt.device)
-
-    def step(self, index: int) -> None:
-        """As `Drawing.step`."""
-        if index:
-            self._score(index)
-        logits_BV = self.logits_BV
-        if index in self.guided:
-            logits_BV = guide(logits_BV.float(), self.null_logits_BV.float(), self.sampling.guidance)
-        self.image_BI[:, index] = draw(logits_BV, self.uniform_IB[index], self.sampling)
-
-    def _score(self, index: int) -> None:
-        """The logits of token number `index`, from the one before it."""
-        token_B1 = self.image_BI[:, index - 1 : index]
-        if index not in self.guided:
-            self.logits_BV = self.gpt.step(token_B1, self.conditional)[:, -1]
-        elif self.null.n_filled == self.conditional.n_filled:
-            self.logits_BV, self.null_logits_BV = self.gpt.step(token_B1.repeat(2, 1), self.both)[:, -1].chunk(2)
-        else:  # guidance begins: the null rows read all tokens so far at once
-            self.logits_BV = self.gpt.step(token_B1, self.conditional)[:, -1]
-            self.null_logits_BV = self.gpt.step(self.image_BI[:, :index], self.null)[:, -1]
-
-
-class Prefixes(NamedTuple):
-    """Texts that were read: the logits of their images' first token, (G, V), their keys, and which are no padding."""
-
-    logits_GV: Tensor
-    cache: PrefixCache
-    real_GP: Tensor
-
-
-def read_texts(gpt: GPT, texts: Sequence[Sequence[int]], length: int) -> Prefixes:
-    """Read texts as prefixes of images, each cut or padded to `length` ids."""
-    text = TextBatch(*(t.to(gpt.device) for t in pad_texts([list(ids) for ids in texts], length)))
-    prefix = gpt.layout.text_prefix(text)
-    return Prefixes(*gpt.prefill(prefix), prefix.real_BL)
-
-
-def _prefilled(gpt: GPT, texts: Texts) -> tuple[Tensor, list[Branches]]:
-    """The logits of the images' first tokens, (B, V), and their branches; texts of equally many are read together."""
-    logits, branches = [], []
-    for n_each, group in groupby(texts, key=lambda item: item[1]):
-        ids = [text for text, _ in group]
-        # padded to the longest of them only: what is not there costs nothing in any step
-        longest = min(max(1, *map(len, ids)), gpt.layout.config.text_length)
-        read = read_texts(gpt, ids, longest)
-        logits.append(read.logits_GV.repeat_interleave(n_each, dim=0))
-        branches.append(Branches(read.cache, read.real_GP, n_each, gpt.layout.image_length - 1))
-    return torch.cat(logits), branches
+def _decode_in_turn(
+    gpt: GPT,
+    jobs: Sequence[Job],
+    sampling: SamplingConfig,
+    seed: int,
+    on_token: OnToken | None,
+    on_partial: OnPartial | None,
+    on_passes: OnPasses | None,
+) -> Tensor:
+    """One image after the other, several tokens of it in a step."""
+    images = []
+    for _, group in groupby(jobs, key=lambda job: job.texts):
+        group = list(group)
+        rows = GuidedRows(gpt, group[:1], sampling)
+        for job in group:
+            rows.rewind_to(0)
+            n_passes = n_drawn = 0
+            for ids_1I in jacobi_passes(rows, gpt.layout.image_length, sampling, stream(job, seed)):
+                n_passes += 1
+                if on_token:
+                    on_token(ids_1I.shape[1] - n_drawn)
+                if on_partial:
+                    on_partial([job], ids_1I.cpu)
+                n_drawn = ids_1I.shape[1]
+            if on_passes:
+                on_passes(job, n_passes)
+            images.append(ids_1I.cpu())
+    return torch.cat(images)

@@ -1,6 +1,7 @@
 """Which way images are decoded: in plain PyTorch, natively, by compiled steps, or whichever ends a job sooner."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -16,9 +17,10 @@ from vqt2i.config import Config, load_config, save_config
 from vqt2i.errors import ConfigError
 from vqt2i.files import cache_folder, sha256_of_parts
 from vqt2i.generation.compiled import CompiledDrawing, CompiledEngine, Shape
-from vqt2i.generation.decode import Drawing, PlainDrawing, Start, Texts
+from vqt2i.generation.decode import Drawing, PlainDrawing, Start
 from vqt2i.generation.int8 import to_int8
 from vqt2i.generation.native import NativeGPT, native_clip
+from vqt2i.generation.rows import Job, count_runs
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT
 from vqt2i.runtime import fastest_precision, find_cpp_compiler, say, synchronize
@@ -133,20 +135,20 @@ class AutoStart:
         self.compiled, self.n_left = compiled, n_images
         self._decided: set[Shape] = set()  # what stays plain in this job
 
-    def __call__(self, texts: Texts, uniform_IB: Tensor, sampling: SamplingConfig) -> Drawing:
+    def __call__(self, jobs: Sequence[Job], uniform_IB: Tensor, sampling: SamplingConfig) -> Drawing:
         """As `Start`."""
         n, n_images = uniform_IB.shape
         self.n_left -= n_images
-        shape = self.compiled.shape(texts, sampling)
+        shape = self.compiled.shape(count_runs(job.text_ids for job in jobs), sampling)
         found = self.compiled.find(shape)
         if found and found.is_ready:
-            return self.compiled(texts, uniform_IB, sampling)
-        plain = PlainDrawing(self.compiled.gpt, texts, uniform_IB, sampling)
-        if shape in self._decided or n <= WARM_UP + TIMED:
+            return self.compiled(jobs, uniform_IB, sampling)
+        plain = PlainDrawing(self.compiled.gpt, jobs, uniform_IB, sampling)
+        if shape in self._decided or n <= WARM_UP + TIMED or not self.compiled.serves(jobs):
             return plain
         self._decided.add(shape)
         later_steps = -(-max(0, self.n_left) // n_images) * n
-        start = partial(self.compiled, texts, uniform_IB, sampling)
+        start = partial(self.compiled, jobs, uniform_IB, sampling)
         return _Measuring(plain, start, n, later_steps, record_path(self.compiled.gpt, shape))
 
 

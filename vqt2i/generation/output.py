@@ -101,7 +101,8 @@ class OutputFolder:
         number, candidates = _number(self.n_done, len(self.request.prompts)), []
         for rank, sample in enumerate(group):
             name = f"{number}-{rank:02d}.png" if rank < self.request.n else None
-            candidates.append({"index": sample.image_index, "file": name, "scores": sample.scores})
+            candidates.append({"index": sample.image_index, "file": name, "scores": sample.scores,
+                               "n_passes": sample.n_passes})  # fmt: skip
             if name:
                 write_picture(self.path / name, sample, self.request)
         record = {"prompt": group[0].prompt, "n_truncated_ids": group[0].n_truncated, "candidates": candidates}

@@ -20,6 +20,7 @@ from vqt2i.errors import CheckpointError, PromptError
 from vqt2i.generation.decode import Job, Start, decode_image_ids
 from vqt2i.generation.engine import Engine, EngineName, PrecisionName
 from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
+from vqt2i.generation.rows import Mixed, TextIds
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.runtime import pick_device
@@ -44,7 +45,7 @@ class Sample:
     """A picture with what made it; notebooks show it as a picture.
 
     image_HW3: uint8 RGB. image_ids_HW: its codes. scores: by scorer, higher is better; empty if nothing was scored.
-    n_truncated: prompt ids that the model could not read.
+    n_truncated: prompt ids that the model could not read. n_passes: of the GPT that it took, its prompt's included.
     """
 
     prompt: str
@@ -55,6 +56,7 @@ class Sample:
     image_ids_HW: np.ndarray = field(repr=False)
     n_truncated: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    n_passes: int = 0
 
     @property
     def image(self) -> Image.Image:
@@ -63,6 +65,16 @@ class Sample:
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self.image)
+
+
+class Mix(NamedTuple):
+    """Another text that each prompt is mixed with, and its share in (0, 1).
+
+    The prompt's logits become (1 - share) · its own + share · the text's, and its scores likewise.
+    """
+
+    text: str
+    share: float
 
 
 class Preview(NamedTuple):
@@ -178,6 +190,8 @@ class TextToImage:
         rerank: int | None = None,
         scorer: Scorer | None = None,
         sampling: SamplingConfig | None = None,
+        negative: str | None = None,
+        mix: Mix | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
@@ -191,12 +205,15 @@ class TextToImage:
             rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
             scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption".
             sampling: guidance, temperature and so on; None is the pipeline's own.
-            on_token: called after each decoding step with the number of images that got a token.
+            negative: what guidance leads away from; None is the null condition, of no text.
+            mix: a second text that the pictures show something of too.
+            on_token: called after each decoding step with the number of tokens that were drawn.
             on_preview: called after each decoding step with a `Preview`; it costs something where its images are asked
                 for, which need not be at every step.
 
         Raises:
-            PromptError: numbers out of range, or a scorer that the pipeline does not have.
+            PromptError: numbers out of range, a scorer that the pipeline does not have, or a negative or mixed-in text
+                that could not be read to its end or by nothing.
         """
         if n < 1:
             raise PromptError(f"number of pictures: found {n}, expected 1 or more")
@@ -204,7 +221,7 @@ class TextToImage:
             raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
         groups = self.stream(
             prompts, n if rerank is None else rerank, scorer=scorer, scored=rerank is not None,
-            sampling=sampling, seed=seed, on_token=on_token, on_preview=on_preview,
+            sampling=sampling, negative=negative, mix=mix, seed=seed, on_token=on_token, on_preview=on_preview,
         )  # fmt: skip
         return [sample for group in groups for sample in group[:n]]
 
@@ -221,6 +238,8 @@ class TextToImage:
         scorer: Scorer | None = None,
         scored: bool = True,
         sampling: SamplingConfig | None = None,
+        negative: str | None = None,
+        mix: Mix | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
@@ -234,7 +253,7 @@ class TextToImage:
             first: index of the prompt to begin with.
 
         Raises:
-            PromptError: at the call, before anything is drawn: numbers out of range, or a scorer that is not there.
+            PromptError: at the call, before anything is drawn, for what `generate` raises it.
         """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
@@ -244,6 +263,8 @@ class TextToImage:
         if scored and scorer != "caption" and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
+        sampling = sampling or self.config.sampling
+        negative_ids, mixed = self._beside(negative, mix, sampling)
         prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         at_once = max(1, ROWS_AT_ONCE // count)
         # the parts lie alike whatever the first is: in another batch a score may differ in its last bit
@@ -252,9 +273,28 @@ class TextToImage:
         draw = partial(
             self._draw, prompts, count=count, scorer=scorer if scored else None,
             start=self.engine.start(self.gpt, count * max(0, len(prompts) - (first - first % at_once))),
-            sampling=sampling or self.config.sampling, seed=seed, on_token=on_token, on_preview=on_preview,
+            sampling=sampling, negative_ids=negative_ids, mixed=mixed, seed=seed, on_token=on_token,
+            on_preview=on_preview,
         )  # fmt: skip
         return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
+
+    def _beside(self, negative: str | None, mix: Mix | None, sampling: SamplingConfig) -> tuple[TextIds, Mixed | None]:
+        negative_ids = self._whole("negative prompt", negative or "")
+        if negative_ids and not sampling.guided_tokens(self.gpt.layout.image_length):
+            start, end = sampling.guidance_interval
+            raise PromptError(f"negative prompt {negative[:40]!r}: guidance {sampling.guidance:g} from {start:g} to "
+                              f"{end:g} of an image acts on no token, so nothing would read it; expected a guidance "
+                              "other than 1")  # fmt: skip
+        if mix and not 0 < mix.share < 1:
+            raise PromptError(f"share of {mix.text[:40]!r}: found {mix.share:g}, expected more than 0 and less than 1")
+        return negative_ids, Mixed(self._whole("mixed-in text", mix.text), mix.share) if mix else None
+
+    def _whole(self, what: str, text: str) -> TextIds:
+        """The ids of a text that all prompts share, which is worth a complaint where it is too long."""
+        ids, limit = tuple(self.text.encode(clean_text(text))), self.gpt.layout.config.text_length
+        if len(ids) > limit:
+            raise PromptError(f"{what} {text[:40]!r}: {len(ids)} ids, the model reads {limit}; expected a shorter one")
+        return ids
 
     def _draw(
         self,
@@ -265,28 +305,34 @@ class TextToImage:
         scorer: Scorer | None,
         start: Start,
         sampling: SamplingConfig,
+        negative_ids: TextIds,
+        mixed: Mixed | None,
         seed: int,
         on_token: Callable[[int], None] | None,
         on_preview: Callable[[Preview], None] | None,
     ) -> list[list[Sample]]:
         """The candidates of the prompts of these indices, all drawn together."""
         texts = {p: tuple(self.text.encode(prompts[p])) for p in indices}
-        jobs = [Job(text, p, i) for p, text in texts.items() for i in range(count)]
+        jobs = [Job(text, p, i, negative_ids, mixed) for p, text in texts.items() for i in range(count)]
+        n_passes: dict[Job, int] = {}
 
         def on_partial(part: Sequence[Job], ids_BI: Callable[[], Tensor]) -> None:
             on_preview(Preview(part, lambda: self._decode_part(ids_BI())))
 
         ids_BHW = decode_image_ids(
-            self.gpt, jobs, sampling, seed,
-            start=start, on_token=on_token, on_partial=on_partial if on_preview else None,
+            self.engine.gpt(self.gpt), jobs, sampling, seed, start=start, on_token=on_token,
+            on_partial=on_partial if on_preview else None, on_passes=n_passes.__setitem__,
         )  # fmt: skip
         image_B3HW = self._decode(ids_BHW)
         scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scorer else {}
+        if scores and mixed:
+            other = self._score(scorer, image_B3HW, ids_BHW, [mixed.text_ids] * len(jobs))
+            scores = {name: torch.lerp(scores[name], other[name], mixed.share) for name in scores}
         pictures = to_uint8(image_B3HW)
         limit = self.gpt.layout.config.text_length
         groups = []
-        for start in range(0, len(jobs), count):
-            rows = slice(start, start + count)
+        for at in range(0, len(jobs), count):
+            rows = slice(at, at + count)
             ranking = {name: values[rows] for name, values in scores.items()}
             if len(ranking) > 1:
                 ranking["both"] = combine(ranking)
@@ -295,9 +341,9 @@ class TextToImage:
                 Sample(
                     prompts[job.prompt_index], job.prompt_index, job.image_index, seed, pictures[row].copy(),
                     ids_BHW[row].numpy().copy(), max(0, len(job.text_ids) - limit),
-                    {name: float(values[job.image_index]) for name, values in ranking.items()},
+                    {name: float(values[job.image_index]) for name, values in ranking.items()}, n_passes[job],
                 )
-                for row, job in enumerate(jobs[rows], start)
+                for row, job in enumerate(jobs[rows], at)
             ]  # fmt: skip
             groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scorer else group)
         return groups

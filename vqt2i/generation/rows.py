@@ -1,0 +1,144 @@
+"""The rows that images drawn together take in the caches, and the guided logits that come out of them.
+
+B batch (images), R rows that read what the images should show, I image ids, L tokens scored, V vocabulary
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqt2i.generation.sampling import SamplingConfig, guide
+from vqt2i.gpt import GPT
+from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
+from vqt2i.text import TextBatch, pad_texts
+
+TextIds = tuple[int, ...]
+
+
+class Mixed(NamedTuple):
+    """Another text that an image is to show, and its share, in (0, 1), of the conditional logits."""
+
+    text_ids: TextIds
+    share: float
+
+
+class Job(NamedTuple):
+    """One image to draw: the ids of its text, and the numbers that, with the seed, make its random stream.
+
+    negative_ids: what guidance leads away from; the empty text is the null condition.
+    mixed: a second text; guided, the two are a conjunction as Liu et al. 2022 (arXiv 2206.01714) compose conditions
+        of diffusion models.
+    """
+
+    text_ids: TextIds
+    prompt_index: int
+    image_index: int
+    negative_ids: TextIds = ()
+    mixed: Mixed | None = None
+
+    @property
+    def texts(self) -> tuple[TextIds, TextIds, Mixed | None]:
+        """What its logits depend on beside the tokens drawn: jobs with equal ones may share rows."""
+        return self.text_ids, self.negative_ids, self.mixed
+
+
+class _Prefilled(NamedTuple):
+    """Rows that have read their texts: the logits of their first token, (rows, 1, V), and their branches."""
+
+    logits: Tensor
+    branches: list[Branches]
+
+
+class GuidedRows:
+    """A row for each image's text, one more where a text is mixed in, and one for guidance to lead away from.
+
+    Each text is read at once, and the rows that stand beside it continue it; the rows for guidance read image tokens
+    only when logits are asked for that it acts on.
+    """
+
+    def __init__(self, gpt: GPT, jobs: Sequence[Job], sampling: SamplingConfig) -> None:
+        """Read the texts. Jobs of equal texts side by side share them."""
+        self.gpt, self.n_images = gpt, len(jobs)
+        n = gpt.layout.image_length
+        self.guided = sampling.guided_tokens(n)
+        self.scale_I1 = torch.tensor(sampling.guidance_scales(n), device=gpt.device)[:, None]
+        mixed = {row: job.mixed for row, job in enumerate(jobs) if job.mixed}
+        self.image_R = torch.tensor([*range(len(jobs)), *mixed], device=gpt.device)
+        shares = [1 - job.mixed.share if job.mixed else 1.0 for job in jobs] + [m.share for m in mixed.values()]
+        self.share_R11 = torch.tensor(shares, device=gpt.device)[:, None, None] if mixed else None
+        texts = [job.text_ids for job in jobs] + [m.text_ids for m in mixed.values()]
+        self.first, branches = _prefill(gpt, texts)
+        self.conditional = self.all = BranchedCache(branches)
+        self.caches = [self.conditional]
+        if self.guided:
+            self.first_null, null = _prefill(gpt, [job.negative_ids for job in jobs])
+            self.null, self.all = BranchedCache(null), BranchedCache([*branches, *null])
+            self.caches.append(self.null)
+
+    def logits(self, image_BI: Tensor, n_scored: int = 1) -> Tensor:
+        """Read the tokens of `image_BI` that are new and return the guided logits after its last `n_scored`, fp32.
+
+        Args:
+            image_BI: all tokens from the image's first on; none gives the logits of the first token.
+
+        Returns (B, n_scored, V).
+        """
+        n, new_BI = image_BI.shape[1], image_BI[:, self.conditional.n_filled :]
+        if not any(index in self.guided for index in range(n - n_scored + 1, n + 1)):
+            logits = self.gpt.step(new_BI[self.image_R], self.conditional, n_scored) if n else self.first
+            return self._mixed(logits.float())
+        if not n:
+            logits, null = self.first, self.first_null
+        elif self.null.n_filled == self.conditional.n_filled:
+            rows = torch.cat((new_BI[self.image_R], new_BI))
+            logits, null = self.gpt.step(rows, self.all, n_scored).split((len(self.image_R), len(new_BI)))
+        else:  # guidance begins: its rows read all that they have not read yet at once
+            logits = self.gpt.step(new_BI[self.image_R], self.conditional, n_scored)
+            null = self.gpt.step(image_BI[:, self.null.n_filled :], self.null, n_scored)
+        return guide(self._mixed(logits.float()), null.float(), self.scale_I1[n - n_scored + 1 : n + 1])
+
+    def rewind_to(self, n: int) -> None:
+        """Forget all image tokens but the first `n`."""
+        for cache in self.caches:
+            cache.rewind(max(0, cache.n_filled - n))
+
+    def _mixed(self, logits_RLV: Tensor) -> Tensor:
+        if self.share_R11 is None:
+            return logits_RLV
+        mixed_BLV = logits_RLV.new_zeros(self.n_images, *logits_RLV.shape[1:])
+        return mixed_BLV.index_add_(0, self.image_R, logits_RLV * self.share_R11)
+
+
+class Prefixes(NamedTuple):
+    """Texts that were read: the logits of their images' first token, (G, V), their keys, and which are no padding."""
+
+    logits_GV: Tensor
+    cache: PrefixCache
+    real_GP: Tensor
+
+
+def read_texts(gpt: GPT, texts: Sequence[TextIds], length: int) -> Prefixes:
+    """Read texts as prefixes of images, each cut or padded to `length` ids."""
+    text = TextBatch(*(t.to(gpt.device) for t in pad_texts([list(ids) for ids in texts], length)))
+    prefix = gpt.layout.text_prefix(text)
+    return Prefixes(*gpt.prefill(prefix), prefix.real_BL)
+
+
+def count_runs(texts: Iterable[TextIds]) -> list[tuple[TextIds, int]]:
+    """Texts with the number of times that each stands side by side."""
+    return [(text, len(list(rows))) for text, rows in groupby(texts)]
+
+
+def _prefill(gpt: GPT, texts: Sequence[TextIds]) -> _Prefilled:
+    """Read the texts, one for each row; equal ones side by side are read once, and equally many of each together."""
+    logits, branches = [], []
+    for n_each, group in groupby(count_runs(texts), key=lambda run: run[1]):
+        ids = [text for text, _ in group]
+        # padded to the longest of them only: what is not there costs nothing in any step
+        read = read_texts(gpt, ids, min(max(1, *map(len, ids)), gpt.layout.config.text_length))
+        logits.append(read.logits_GV.repeat_interleave(n_each, dim=0))
+        branches.append(Branches(read.cache, read.real_GP, n_each, gpt.layout.image_length - 1))
+    return _Prefilled(torch.cat(logits)[:, None], branches)
