@@ -162,7 +162,7 @@ def test_compiled_steps_draw_what_plain_steps_draw(make_gpt, device: str, tmp_pa
     gpt = make_gpt().to(device)
     engine = CompiledEngine(gpt)
     # both steps are compiled, and serve other texts and another scale as they are
-    for jobs, scale in ((JOBS[:6], 3.0), ([JOBS[9], JOBS[3]], 4.0)):
+    for jobs, scale in ((JOBS[:6], 3.0), (JOBS[9:], 4.0)):
         sampling = SamplingConfig(guidance=scale, guidance_interval=(0.3, 0.8))
         expected = decode_image_ids(gpt, jobs, sampling, 5)
         assert torch.equal(decode_image_ids(gpt, jobs, sampling, 5, start=engine), expected)
