@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from vqt2i.vq import quantizer as quantizer_module
-from vqt2i.vq.config import VQConfig
-from vqt2i.vq.quantizer import VectorQuantizer, build_quantizer, nearest_codes
+from vqt2i.vq.quantizer import VectorQuantizer, VQConfig, build_quantizer, codebook, nearest_codes
 
 EMA = VQConfig(codebook_size=16, code_dim=4)
 GRADIENT = VQConfig(codebook_size=16, code_dim=4, update="gradient", codebook_weight=1.0)
@@ -36,7 +34,7 @@ def test_nearest_codes_equal_brute_force(monkeypatch):
     latents, codes = torch.randn(200, 8), torch.randn(50, 8)
     expected = torch.tensor([min(range(50), key=lambda k: float((z - codes[k]).square().sum())) for z in latents])
     assert torch.equal(nearest_codes(latents, codes), expected)
-    monkeypatch.setattr(quantizer_module, "MAX_SCORES", 50 * 7)  # in parts of 7 latents
+    monkeypatch.setattr(codebook, "MAX_SCORES", 50 * 7)  # in parts of 7 latents
     assert torch.equal(nearest_codes(latents, codes), expected)
 
 
