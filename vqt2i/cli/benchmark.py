@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vqt2i.cli.options import add_config_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
@@ -49,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vqgan.add_argument("--batch-size", type=int, default=4, metavar="N", help="default: 4")
     vqgan.add_argument("--rounds", type=int, default=7, metavar="N", help="of each, in turns (default: 7)")
     vqgan.set_defaults(run=_vqgan)
+
+    quantizers = parts.add_parser("quantizers", help="an image tokenizer trained with each kind of quantizer")
+    add_config_arguments(quantizers, "vqgan")
+    quantizers.add_argument("--out", type=Path, metavar="FILE", help="also write the table here, and beside it as JSON")
+    quantizers.set_defaults(run=_quantizers)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -168,6 +175,21 @@ def _vqgan(args: argparse.Namespace) -> None:
     for part, timings in parts.items():
         print(f"{part}:")
         _print_timings(timings, args.batch_size, "images", "vqt2i", "diffusers")
+
+
+def _quantizers(args: argparse.Namespace) -> None:
+    from vqt2i.config import load_config
+    from vqt2i.files import write_atomic, write_json
+    from vqt2i.training.compare_quantizers import as_markdown, compare_quantizers
+    from vqt2i.training.vqgan import VQGANRunConfig
+
+    config = load_config(VQGANRunConfig, args.config, args.overrides)
+    scores = compare_quantizers(config, args.runs)
+    table = as_markdown(scores)
+    print(table)
+    if args.out:
+        write_atomic(args.out, table + "\n")
+        write_json(args.out.with_suffix(".json"), [score._asdict() for score in scores])
 
 
 def _print_timings(timings: dict[str, Any], n_units: int, unit: str, ours: str, theirs: str) -> None:

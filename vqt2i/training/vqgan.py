@@ -220,7 +220,8 @@ class VQGANModule(L.LightningModule):
         # the first is a copy, and the next ones forget faster, or the random start would weigh on a short run
         decay = min(self.config.ema_decay, (1 + step) / (10 + step)) if step else 0.0
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
-        torch._foreach_copy_(list(self.averaged.buffers()), list(self.model.buffers()))
+        for kept, moved in zip(self.averaged.buffers(), self.model.buffers(), strict=True):  # there may be none
+            kept.copy_(moved)
 
     def _watch_codebook(self, out: VQOutput) -> None:
         """Count, and with each row of metrics say how the codes were used since the last."""
