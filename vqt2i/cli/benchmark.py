@@ -1,4 +1,4 @@
-"""Measure how fast a part of this stack is on this machine."""
+"""Measure how fast a part of this stack is on this machine, or how good the kinds of quantizer are."""
 
 import argparse
 from pathlib import Path
