@@ -1,4 +1,4 @@
-"""Measure how fast a part of this stack is on this machine."""
+"""Measure how fast a part of this stack is on this machine, or how good the kinds of quantizer are."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from vqt2i.cli import benchmark_generate
 from vqt2i.cli.benchmark_generate import add_gpt_argument, load_untrained_gpt
-from vqt2i.cli.options import add_number, at_least
+from vqt2i.cli.options import add_config_arguments, add_number, at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(vqgan, "--batch-size", 4)
     add_number(vqgan, "--rounds", 7, "of each, in turns")
     vqgan.set_defaults(run=_vqgan)
+
+    quantizers = parts.add_parser("quantizers", help="an image tokenizer trained with each kind of quantizer")
+    add_config_arguments(quantizers, "vqgan")
+    quantizers.add_argument("--out", type=Path, metavar="FILE", help="also write the table here, and beside it as JSON")
+    quantizers.set_defaults(run=_quantizers)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -106,6 +111,21 @@ def _vqgan(args: argparse.Namespace) -> None:
     for part, timings in parts.items():
         print(f"{part}:")
         _print_timings(timings, args.batch_size, "images", "vqt2i", "diffusers")
+
+
+def _quantizers(args: argparse.Namespace) -> None:
+    from vqt2i.config import load_config
+    from vqt2i.files import write_atomic, write_json
+    from vqt2i.training.compare_quantizers import as_markdown, compare_quantizers
+    from vqt2i.training.vqgan import VQGANRunConfig
+
+    config = load_config(VQGANRunConfig, args.config, args.overrides)
+    scores = compare_quantizers(config, args.runs)
+    table = as_markdown(scores)
+    print(table)
+    if args.out:
+        write_atomic(args.out, table + "\n")
+        write_json(args.out.with_suffix(".json"), [score._asdict() for score in scores])
 
 
 def _print_timings(timings: dict[str, Any], n_units: int, unit: str, ours: str, theirs: str) -> None:

@@ -362,7 +362,8 @@ class TextToImage:
         ids_BHW = torch.cat((ids_BI, rest_BI), dim=1).reshape(-1, rows, columns)
         image_BHW3 = to_uint8(self._decode(ids_BHW))
         cell_px = image_BHW3.shape[1] // rows
-        missing_HW = (np.arange(rows * columns) >= n_drawn).reshape(rows, columns)
+        missing = (np.arange(rows * columns) >= n_drawn).reshape(rows, image_BHW3.shape[2] // cell_px, -1)
+        missing_HW = missing.any(-1)  # a cell of several ids is there with the last of them
         image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
         return image_BHW3
 

@@ -123,7 +123,7 @@ def compare_tokenizers(
     with device:
         ours, theirs = ImageTokenizer(config), vq_model(config)
         images = torch.rand(batch_size, 3, size, size) * 2 - 1
-        ids = torch.randint(config.vocab_size, (batch_size, config.grid_size, config.grid_size))
+        ids = torch.randint(config.vocab_size, (batch_size, config.grid_height, config.grid_width))
     shape = (*ids.shape, theirs.config.vq_embed_dim)
 
     @torch.no_grad()
@@ -158,11 +158,13 @@ def vq_model(config: ImageTokenizerConfig) -> nn.Module:
     """The network of an image tokenizer as a VQModel of `diffusers`, with weights of its own.
 
     Raises:
-        ConfigError: it has another architecture than "taming", or `diffusers` is not installed.
+        ConfigError: it has another architecture than "taming" or another quantizer than "vq", or `diffusers` is not
+            installed.
     """
-    if config.architecture != "taming" or config.attention_sizes_px:
-        raise ConfigError("a VQModel has architecture 'taming' and no attention_sizes_px; found "
-                          f"{config.architecture!r} and {list(config.attention_sizes_px)}")  # fmt: skip
+    if config.architecture != "taming" or config.attention_sizes_px or config.quantizer.kind != "vq":
+        raise ConfigError("a VQModel has architecture 'taming', no attention_sizes_px and a quantizer of kind 'vq'; "
+                          f"found {config.architecture!r}, {list(config.attention_sizes_px)} and "
+                          f"{config.quantizer.kind!r}")  # fmt: skip
     try:
         from diffusers import VQModel
     except ImportError as error:
