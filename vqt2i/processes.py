@@ -233,7 +233,7 @@ class Tally:
             self._changed = self._looked
             self._on_more(self._total - before)
         elif self._looked - self._changed > SILENCE_S:
-            raise UserError(f"another process has done nothing for {SILENCE_S:.0f} s; see what it told, then start again")
+            raise UserError(f"another process has done nothing for {SILENCE_S:.0f} s; see what it told")
 
 
 def start_processes(n: int, argv: Sequence[str]) -> int:

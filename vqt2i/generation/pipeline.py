@@ -1,23 +1,35 @@
 """`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqt2i.checkpoint import load_model, require_same
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import Config, load_config
 from vqt2i.data.images import png_bytes, to_uint8
-from vqt2i.errors import CheckpointError, PromptError
+from vqt2i.errors import CheckpointError, PromptError, ResourceError
+from vqt2i.generation.batches import Packer
 from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.memory import (
+    ROWS_AT_ONCE,
+    Budget,
+    decoding_needs,
+    finishing_needs,
+    gigabytes,
+    room_on,
+    weight_bytes,
+)
 from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
@@ -27,7 +39,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 PARTS = ("text", "vq", "gpt", "clip")
 PIPELINE = "pipeline.yaml"
-ROWS_AT_ONCE = 64  # images decoded or scored together: bounds the memory, changes no result
+Offload = Literal["auto", "never", "always"]
 GREY = 128
 
 
@@ -87,26 +99,49 @@ def pipeline_folders(folder: Path) -> dict[str, Path | None]:
 
 
 class TextToImage:
-    """The four parts and how to sample from them. `clip` may be None."""
+    """The four parts and how to sample from them. `clip` may be None.
+
+    Attributes:
+        memory: bytes that weights and drawing may take of the GPT's device; None is what is free.
+        away: those of `vq` and `clip` that are on the CPU and come to that device only while they work.
+    """
 
     def __init__(
         self, text: TextTokenizer, vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, config: PipelineConfig
     ) -> None:
         self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
+        self.memory: int | None = None
+        self.away: tuple[nn.Module, ...] = ()
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "auto") -> "TextToImage":
+    def load(
+        cls, folder: Path | str, device: str = "auto", *, memory_gb: float | None = None, offload: Offload = "auto"
+    ) -> "TextToImage":
         """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` (optional) and `pipeline.yaml`.
+
+        Args:
+            memory_gb: the most that weights and drawing may take of the device; None is four fifths of what is free.
+            offload: whether image tokenizer and scorer wait on the CPU while the GPT draws. "auto": where a full batch
+                would not fit beside them.
 
         Raises:
             CheckpointError: a part is missing or damaged, or does not belong with the others.
         """
         folders = pipeline_folders(Path(folder))
-        return cls.from_parts(folders, load_config(PipelineConfig, Path(folder) / PIPELINE), device)
+        config = load_config(PipelineConfig, Path(folder) / PIPELINE)
+        return cls.from_parts(folders, config, device, memory_gb=memory_gb, offload=offload)
 
     @classmethod
-    def from_parts(cls, folders: dict[str, Path | None], config: PipelineConfig, device: str = "auto") -> "TextToImage":
-        """Load parts from a folder each (None for no `clip`) and check that they belong together."""
+    def from_parts(
+        cls,
+        folders: dict[str, Path | None],
+        config: PipelineConfig,
+        device: str = "auto",
+        *,
+        memory_gb: float | None = None,
+        offload: Offload = "auto",
+    ) -> "TextToImage":
+        """Load parts from a folder each (None for no `clip`) and check that they belong together; see `load`."""
         text = TextTokenizer.load(folders["text"])
         vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
         gpt = load_model(folders["gpt"], GPTConfig, GPT)
@@ -128,8 +163,30 @@ class TextToImage:
                 expected=clip.config.text_tokenizer,
                 hint=hint,
             )
-        place = pick_device(device)
-        return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config)
+        pipeline = cls(text, vq, gpt, clip, config)
+        pipeline.place(pick_device(device), None if memory_gb is None else int(memory_gb * 1e9), offload)
+        return pipeline
+
+    def place(self, device: torch.device, memory: int | None = None, offload: Offload = "auto") -> None:
+        """Move the parts to `device`, but those that are to wait on the CPU; see `load`. memory: in bytes.
+
+        Raises:
+            ResourceError: the GPT itself is more than fits.
+        """
+        self.memory, weights = memory, weight_bytes(self.gpt, self.vq, self.clip)
+        if device.type != "cpu":
+            room, needed = room_on(device, 0, memory), weight_bytes(self.gpt)
+            if needed > room:
+                raise ResourceError(f"the GPT's weights need {gigabytes(needed)}, {gigabytes(room)} are free on "
+                                    f"{device}; free some, allow more (--memory), or take another device")  # fmt: skip
+            batch = decoding_needs(self.gpt, self.config.sampling, count=1).of(ROWS_AT_ONCE)
+            crowded = weights + batch > room
+        else:
+            crowded = False  # away is where they are
+        parts = [part for part in (self.vq, self.clip) if part is not None]
+        self.away = tuple(parts) if offload == "always" or (offload == "auto" and crowded) else ()
+        for part in (self.gpt, *parts):
+            part.to("cpu" if part in self.away else device)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -189,7 +246,7 @@ class TextToImage:
         prompts: str | Sequence[str],
         count: int,
         *,
-        first: int = 0,
+        indices: Sequence[int] | None = None,
         scorer: Scorer | None = None,
         scored: bool = True,
         sampling: SamplingConfig | None = None,
@@ -199,14 +256,18 @@ class TextToImage:
     ) -> Iterator[list[Sample]]:
         """All `count` pictures of each prompt, as they are drawn: ranked best first if `scored`, else in drawing order.
 
-        Holds max(`count`, ROWS_AT_ONCE) pictures at once, however many prompts there are. A picture depends on the
-        seed, its prompt's index and its own only, so that drawing may go on at any prompt.
+        Batches are full whatever `count` is, and as large as memory lets them be, up to ROWS_AT_ONCE images; a prompt
+        comes when its last picture and all prompts before it are there. However many prompts there are, a few batches
+        of pictures are held at once. A picture depends on the seed, its prompt's index and its own only, and its scores
+        on those of its prompt, so that drawing may go on at any prompt, and in several processes.
 
         Args:
-            first: index of the prompt to begin with.
+            indices: of the prompts to draw, in this order; None is all.
+            on_token: see `generate`; called with a negative number where a batch is drawn again in smaller ones.
 
         Raises:
             PromptError: at the call, before anything is drawn: numbers out of range, or a scorer that is not there.
+            ResourceError: at the call, too little memory for a single image; later, what was free then is gone.
         """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
@@ -217,93 +278,158 @@ class TextToImage:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
         prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        at_once = max(1, ROWS_AT_ONCE // count)
-        # the parts lie alike whatever the first is: in another batch a score may differ in its last bit
-        starts = range(first - first % at_once, len(prompts), at_once) if first < len(prompts) else ()
-        parts = (range(start, min(start + at_once, len(prompts))) for start in starts)
-        draw = partial(
-            self._draw, prompts, count=count, scorer=scorer if scored else None,
-            sampling=sampling or self.config.sampling, seed=seed, on_token=on_token, on_preview=on_preview,
-        )  # fmt: skip
-        return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
+        indices = range(len(prompts)) if indices is None else indices
+        sampling, scorer = sampling or self.config.sampling, scorer if scored else None
+        budget = self._budget(sampling, count, scorer)
+        packer = Packer(indices, lambda p: tuple(self.text.encode(prompts[p])), count)
+        batches = self._batches(packer, budget, sampling, seed, on_token, on_preview)
+        return self._groups(batches, prompts, indices, count, scorer, seed, budget)
 
-    def _draw(
+    def _budget(self, sampling: SamplingConfig, count: int, scorer: Scorer | None) -> Budget:
+        clip = self.clip if scorer in ("clip", "both") else None
+        finishing = finishing_needs(self.vq, self.gpt, clip, scorer in ("caption", "both"))
+        visiting = weight_bytes(*(part for part in self.away if part in (self.vq, clip)))
+        finishing = finishing._replace(fixed=finishing.fixed + visiting)
+        at_home = weight_bytes(self.gpt, *(part for part in (self.vq, self.clip) if part not in self.away))
+        room = room_on(self.gpt.device, at_home, self.memory)
+        return Budget(self.gpt.device, decoding_needs(self.gpt, sampling, count), finishing, room)
+
+    def _batches(
         self,
-        prompts: Sequence[str],
-        indices: Sequence[int],
-        *,
-        count: int,
-        scorer: Scorer | None,
+        packer: Packer,
+        budget: Budget,
         sampling: SamplingConfig,
         seed: int,
         on_token: Callable[[int], None] | None,
         on_preview: Callable[[Preview], None] | None,
-    ) -> list[list[Sample]]:
-        """The candidates of the prompts of these indices, all drawn together."""
-        texts = {p: tuple(self.text.encode(prompts[p])) for p in indices}
-        jobs = [Job(text, p, i) for p, text in texts.items() for i in range(count)]
+    ) -> Iterator[tuple[list[Job], Tensor]]:
+        """Batches of images with their ids, (images, height, width)."""
+        n_tokens = 0
+
+        def count_tokens(n: int) -> None:
+            nonlocal n_tokens
+            n_tokens += n
+            if on_token:
+                on_token(n)
 
         def on_partial(part: Sequence[Job], ids_BI: Callable[[], Tensor]) -> None:
-            on_preview(Preview(part, lambda: self._decode_part(ids_BI())))
+            on_preview(Preview(part, lambda: self._decode_part(ids_BI(), budget.finished)))
 
-        ids_BHW = decode_image_ids(
-            self.gpt, jobs, sampling, seed, on_token=on_token, on_partial=on_partial if on_preview else None
-        )
-        image_B3HW = self._decode(ids_BHW)
-        scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scorer else {}
-        pictures = to_uint8(image_B3HW)
-        limit = self.gpt.layout.config.text_length
-        groups = []
-        for start in range(0, len(jobs), count):
-            rows = slice(start, start + count)
-            ranking = {name: values[rows] for name, values in scores.items()}
-            if len(ranking) > 1:
-                ranking["both"] = combine(ranking)
-            # copies: a view would keep the pictures of the whole part for as long as one of them is kept
-            group = [
-                Sample(
-                    prompts[job.prompt_index], job.prompt_index, job.image_index, seed, pictures[row].copy(),
-                    ids_BHW[row].numpy().copy(), max(0, len(job.text_ids) - limit),
-                    {name: float(values[job.image_index]) for name, values in ranking.items()},
-                )
-                for row, job in enumerate(jobs[rows], start)
-            ]  # fmt: skip
-            groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scorer else group)
-        return groups
+        while jobs := packer.take(budget.rows):
+            decode = partial(
+                decode_image_ids, self.gpt, jobs, sampling, seed, rows_at_once=len(jobs), on_token=count_tokens,
+                on_partial=on_partial if on_preview else None,
+            )  # fmt: skip
+            n_tokens, ids_BHW = 0, None
+            with suppress(torch.OutOfMemoryError):
+                ids_BHW = budget.watch(len(jobs), decode)
+            if ids_BHW is None:  # here the failed call's tensors are gone
+                count_tokens(-n_tokens)
+                budget.ran_out(len(jobs))
+                packer.give_back(jobs)
+            else:
+                yield jobs, ids_BHW
+
+    def _groups(
+        self,
+        batches: Iterator[tuple[list[Job], Tensor]],
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        count: int,
+        scorer: Scorer | None,
+        seed: int,
+        budget: Budget,
+    ) -> Iterator[list[Sample]]:
+        """Candidates prompt by prompt, in the order of `indices`."""
+        drawn: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        waiting = deque(indices)
+        for jobs, ids_BHW in batches:
+            for job, ids_HW in zip(jobs, ids_BHW, strict=True):
+                drawn[job.prompt_index][job.image_index] = ids_HW
+            whole = []
+            while waiting and len(drawn[waiting[0]]) == count:
+                whole.append(waiting.popleft())
+            if whole:
+                with self._at_work(self.vq, self.clip if scorer in ("clip", "both") else None):
+                    ids = {p: [ids_HW for _, ids_HW in sorted(drawn.pop(p).items())] for p in whole}
+                    groups = [self._finish(prompts[p], p, ids[p], scorer, seed, budget) for p in whole]
+                yield from groups
+
+    def _finish(
+        self, prompt: str, prompt_index: int, ids: list[Tensor], scorer: Scorer | None, seed: int, budget: Budget
+    ) -> list[Sample]:
+        """Pictures and scores of all candidates of a prompt, together with no others', so that they are always equal.
+
+        (Where memory is too small for FINISHED_AT_ONCE of them, the last bits may differ.)
+        """
+        ids_BHW, text = torch.stack(ids), tuple(self.text.encode(prompt))
+        pictures, scores = [], defaultdict(list)
+        start = 0
+        while start < len(ids):
+            part_BHW = ids_BHW[start : start + budget.finished]
+            done = None
+            with suppress(torch.OutOfMemoryError):
+                image_B3HW = self._decode(part_BHW, budget.finished)
+                done = self._score(scorer, image_B3HW, part_BHW, text) if scorer else {}
+            if done is None:
+                budget.ran_out_finishing(len(part_BHW))
+                continue
+            start += len(part_BHW)
+            pictures.extend(to_uint8(image_B3HW))
+            for name, score_B in done.items():
+                scores[name].append(score_B)
+        ranking = {name: torch.cat(parts) for name, parts in scores.items()}
+        if len(ranking) > 1:
+            ranking["both"] = combine(ranking)
+        n_truncated = max(0, len(text) - self.gpt.layout.config.text_length)
+        # copies: a view would keep all pictures for as long as one of them is kept
+        group = [
+            Sample(prompt, prompt_index, i, seed, pictures[i].copy(), ids_BHW[i].numpy().copy(), n_truncated,
+                   {name: float(values[i]) for name, values in ranking.items()})
+            for i in range(len(ids))
+        ]  # fmt: skip
+        return sorted(group, key=lambda s: -s.scores[scorer]) if scorer else group
+
+    @contextmanager
+    def _at_work(self, *parts: nn.Module | None) -> Iterator[None]:
+        """Have those of the parts that are kept away on the GPT's device meanwhile."""
+        visitors = [part for part in parts if part in self.away]
+        try:
+            for part in visitors:
+                part.to(self.gpt.device)
+            yield
+        finally:
+            for part in visitors:
+                part.to("cpu")
 
     @torch.inference_mode()
-    def _decode(self, ids_BHW: Tensor) -> Tensor:
-        device = next(self.vq.parameters()).device
-        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(ROWS_AT_ONCE)])
+    def _decode(self, ids_BHW: Tensor, at_once: int) -> Tensor:
+        device = self.gpt.device
+        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(at_once)])
 
-    def _decode_part(self, ids_BI: Tensor) -> np.ndarray:
+    def _decode_part(self, ids_BI: Tensor, at_once: int) -> np.ndarray:
         """Pictures (B, height, width, 3) of the first ids of each image; grey where there are none yet."""
         layout, n_drawn = self.gpt.layout.config, ids_BI.shape[1]
         rows, columns = layout.grid_height, layout.grid_width
         # the rest is painted over, but the decoder mixes it into its neighbours: the last id is like them
         rest_BI = ids_BI[:, -1:].expand(-1, rows * columns - n_drawn)
         ids_BHW = torch.cat((ids_BI, rest_BI), dim=1).reshape(-1, rows, columns)
-        image_BHW3 = to_uint8(self._decode(ids_BHW))
+        with self._at_work(self.vq):
+            image_BHW3 = to_uint8(self._decode(ids_BHW, at_once))
         cell_px = image_BHW3.shape[1] // rows
         missing_HW = (np.arange(rows * columns) >= n_drawn).reshape(rows, columns)
         image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
         return image_BHW3
 
     def _score(
-        self,
-        scorer: Scorer,
-        image_B3HW: Tensor,
-        ids_BHW: Tensor,
-        texts: list[tuple[int, ...]],
+        self, scorer: Scorer, image_B3HW: Tensor, ids_BHW: Tensor, text: tuple[int, ...]
     ) -> dict[str, Tensor]:
-        scores: dict[str, list[Tensor]] = {}
-        for start in range(0, len(texts), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            if scorer in ("clip", "both"):
-                size, image = self.clip.config.image_size_px, image_B3HW[rows]
-                if image.shape[-1] != size:
-                    image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-                scores.setdefault("clip", []).append(clip_scores(self.clip, image, texts[rows]))
-            if scorer in ("caption", "both"):
-                scores.setdefault("caption", []).append(caption_scores(self.gpt, ids_BHW[rows], texts[rows]))
-        return {name: torch.cat(parts) for name, parts in scores.items()}
+        scores, texts = {}, [text] * len(ids_BHW)
+        if scorer in ("clip", "both"):
+            size, image = self.clip.config.image_size_px, image_B3HW
+            if image.shape[-1] != size:
+                image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+            scores["clip"] = clip_scores(self.clip, image, texts)
+        if scorer in ("caption", "both"):
+            scores["caption"] = caption_scores(self.gpt, ids_BHW, texts)
+        return scores
