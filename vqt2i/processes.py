@@ -19,10 +19,10 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from vqt2i.errors import UserError
-from vqt2i.runtime import is_first_process, say
+from vqt2i.errors import ResourceError, UserError
+from vqt2i.runtime import is_first_process, pick_device, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and who only starts others does without
     import torch.distributed as dist
@@ -32,7 +32,9 @@ STOPPED = 75  # the exit code after a signal: EX_TEMPFAIL of sysexits.h, "try ag
 PARENT = "VQT2I_PARENT"  # the variable by which `start_processes` tells its processes who started them
 LOOK_S = 0.5  # between two looks at what other processes tell
 SILENCE_S = 600.0  # after which a process that waits for others gives up
+WAIT_S = 0.1
 GRACE_S = 60.0  # that processes have to end after a signal
+LOADING = timedelta(minutes=10)  # for which others wait for what the first process reads
 MEETING_S = 3.0  # how long a process that ends with an error waits for others that do
 _calls = itertools.count()  # of from_first, the same in every process
 
@@ -184,6 +186,39 @@ def _meeting_point() -> "dist.Store":
     return dist.PrefixStore("vqt2i", store)
 
 
+class Place(NamedTuple):
+    """Which of a command's processes this is, and where it computes. n_sharing: how many compute on that device."""
+
+    rank: int
+    size: int
+    device: str
+    n_sharing: int
+
+
+def find_place(devices: int | None) -> Place:
+    """The place of this process. `devices`: how many processes were asked for; None is as many as were started.
+
+    Raises:
+        ResourceError: a launcher has started another number, or this machine has fewer GPUs.
+    """
+    launcher, device = find_launcher(), pick_device()
+    if launcher is None:
+        return Place(0, 1, str(device), 1)
+    rank, size, n_here = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if devices not in (None, size):
+        raise ResourceError(f"--devices {devices}, but {launcher} started {size} processes; leave --devices out")
+    if device.type != "cuda":
+        return Place(rank, size, str(device), n_here)
+    import torch
+
+    n_gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if n_gpus == 1 and launcher == "srun":  # which may let each process see its own only
+        local = 0
+    elif n_here > n_gpus:
+        raise ResourceError(f"{n_here} processes on this machine, but it has {n_gpus} GPUs; start one for each")
+    return Place(rank, size, f"cuda:{local}", 1)
+
+
 class Tally:
     """A count that the processes of a command keep together, through which they also learn that one has ended early.
 
@@ -234,6 +269,12 @@ class Tally:
             self._on_more(self._total - before)
         elif self._looked - self._changed > SILENCE_S:
             raise UserError(f"another process has done nothing for {SILENCE_S:.0f} s; see what it told")
+
+
+    def wait(self) -> None:
+        """Let the others work for a moment, and `look`."""
+        time.sleep(WAIT_S)
+        self.look()
 
 
 def start_processes(n: int, argv: Sequence[str]) -> int:

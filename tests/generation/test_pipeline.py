@@ -96,9 +96,9 @@ def test_any_prompts_in_any_batches_give_the_same_pictures_and_scores_and_batche
 def test_pictures_come_before_all_are_drawn(pipeline: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqt2i.generation.memory.ROWS_AT_ONCE", 2)
     tokens = []
-    groups = pipeline.stream(PROMPTS * 9, 2, on_token=tokens.append)
+    groups = pipeline.stream(PROMPTS * 3, 2, on_token=tokens.append)
     assert tokens == []
-    assert [s.prompt_index for s in next(groups)] == [0, 0] and sum(tokens) <= 4 * 2 * 16
+    assert [s.prompt_index for s in next(groups)] == [0, 0] and sum(tokens) == 2 * 16
 
 
 def test_previews_show_what_is_drawn_and_grey_elsewhere(pipeline: TextToImage) -> None:

@@ -210,6 +210,11 @@ def room_on(device: torch.device, weights: int, limit: int | None) -> int:
     return room if limit is None else min(room, limit - weights)
 
 
+def memory_share(n_processes: int) -> float:
+    """GB for each of the processes that compute on this machine's CPU."""
+    return SHARE * free_memory(torch.device("cpu")) / n_processes / 1e9
+
+
 def weight_bytes(*modules: nn.Module | None) -> int:
     """Of all parameters and buffers."""
     tensors = (t for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))

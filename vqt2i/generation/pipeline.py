@@ -257,8 +257,8 @@ class TextToImage:
         """All `count` pictures of each prompt, as they are drawn: ranked best first if `scored`, else in drawing order.
 
         Batches are full whatever `count` is, and as large as memory lets them be, up to ROWS_AT_ONCE images; a prompt
-        comes when its last picture and all prompts before it are there. However many prompts there are, a few batches
-        of pictures are held at once. A picture depends on the seed, its prompt's index and its own only, and its scores
+        comes as soon as its last picture is there. However many prompts there are, one batch of pictures is held at
+        once, or one prompt's. A picture depends on the seed, its prompt's index and its own only, and its scores
         on those of its prompt, so that drawing may go on at any prompt, and in several processes.
 
         Args:
