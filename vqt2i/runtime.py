@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
@@ -88,7 +89,8 @@ def counter(label: str, total: int | None, *, unit: str) -> Iterator[Callable[[f
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()]
     start, done = time.monotonic(), 0.0
     told = start
-    with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as bar:
+    shown = _console.is_terminal and is_first_process()
+    with Progress(*columns, console=_console, transient=True, disable=not shown) as bar:
         task = bar.add_task(label, total=total)
 
         def advance(count: float) -> None:
@@ -257,3 +259,70 @@ def peak_memory(device: "torch.device") -> int:
             return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that this process can still take: of the device, or of the host within its control groups' limits.
+
+    What PyTorch keeps of a CUDA device for its own next tensors counts as free.
+    """
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: what is in use cannot be told
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min([available, *control_group_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def control_group_rooms(membership: Path, root: Path) -> Iterator[int]:
+    """Bytes left under each memory limit that this process is under, of control groups version 1 and 2.
+
+    membership: the file that names its groups, `/proc/self/cgroup`. root: where the groups are.
+    """
+    for line in membership.read_text().splitlines() if membership.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        names = {"": ("", "memory.max", "memory.current", "inactive_file "),
+                 "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")}
+        if controllers not in names:
+            continue
+        top, limit, used, cached = names[controllers]
+        group = (root / top / path.lstrip("/")).resolve()
+        # in a container the path is that of the host, and its own group is the root
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root / top) and (folder / limit).is_file():
+                most = (folder / limit).read_text().strip()
+                if most != "max":
+                    statistics = (folder / "memory.stat").read_text().splitlines()
+                    files = sum(int(row.removeprefix(cached)) for row in statistics if row.startswith(cached))
+                    yield max(0, int(most) - int((folder / used).read_text()) + files)
+
+
+def measured_peak(device: "torch.device", work: Callable[[], T]) -> tuple[T, int | None]:
+    """What `work` gives, and the bytes by which memory in use rose meanwhile, at the most; None where none can tell.
+
+    On a CUDA device what PyTorch has allocated, on the host what of this process is in memory.
+    """
+    import torch
+
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return work(), torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the highest is counted anew
+        before = _resident("VmRSS")
+    except OSError:
+        return work(), None
+    return work(), _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

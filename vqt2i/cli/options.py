@@ -3,10 +3,11 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqt2i.generation.sampling import SamplingConfig
+    from vqt2i.processes import Place
 
 RUNS = Path("runs")
 REPOSITORY = Path(__file__).parents[2]
@@ -85,6 +86,34 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
                         "decodes: changes the speed only (default: auto, what ends the job soonest)")  # fmt: skip
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="of the GPT's "
                         "products: lower ones are faster and draw other pictures (default: fp32 on CPUs)")  # fmt: skip
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """--devices, --memory, --offload."""
+    parser.add_argument("--devices", type=int, metavar="N", help="draw on N GPUs, or without one in N processes; "
+                        "changes no picture (default: 1, under torchrun, deepspeed or srun all that it "
+                        "started)")  # fmt: skip
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it to every script
+    parser.add_argument("--memory", type=float, metavar="GB", help="the most that weights and drawing may take of each "
+                        "device (default: four fifths of what is free)")  # fmt: skip
+    parser.add_argument("--offload", choices=("auto", "never", "always"), default="auto",
+                        help="whether image tokenizer and scorer wait on the CPU while the GPT draws on a GPU "
+                             "(default, auto: where not everything fits)")  # fmt: skip
+
+
+def placement_from(args: argparse.Namespace, place: "Place") -> dict[str, Any]:
+    """What `TextToImage.load` takes: this process's device, and its share of the machine's memory.
+
+    Raises:
+        ConfigError: --memory is not more than 0.
+    """
+    from vqt2i.errors import ConfigError
+    from vqt2i.generation.memory import memory_share
+
+    if args.memory is not None and not args.memory > 0:
+        raise ConfigError(f"--memory: found {args.memory}, expected more than 0")
+    memory_gb = memory_share(place.n_sharing) if args.memory is None and place.n_sharing > 1 else args.memory
+    return {"device": place.device, "memory_gb": memory_gb, "offload": args.offload}
 
 
 def sampling_from(args: argparse.Namespace, defaults: "SamplingConfig") -> "SamplingConfig":

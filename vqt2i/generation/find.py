@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -10,7 +10,6 @@ from vqt2i.checkpoint import CARD, CONFIG, load_model, read_card, save_model
 from vqt2i.config import build_config, load_config, save_config
 from vqt2i.errors import CheckpointError
 from vqt2i.files import new_folder, write_atomic
-from vqt2i.generation.engine import EngineName, PrecisionName
 from vqt2i.generation.pipeline import PARTS, PIPELINE, PipelineConfig, TextToImage, pipeline_folders
 from vqt2i.runtime import say
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
@@ -93,15 +92,9 @@ def find_parts(model: str | None, runs: Path) -> tuple[dict[str, Path | None], P
     return pipeline_folders(folder), load_config(PipelineConfig, folder / PIPELINE)
 
 
-def open_pipeline(
-    model: str | None,
-    runs: Path,
-    device: str = "auto",
-    engine: EngineName = "auto",
-    precision: PrecisionName = "auto",
-) -> TextToImage:
-    """Load what `find_parts` finds."""
-    return TextToImage.from_parts(*find_parts(model, runs), device, engine, precision)
+def open_pipeline(model: str | None, runs: Path, device: str = "auto", **placement: Any) -> TextToImage:
+    """Load what `find_parts` finds. placement: what `TextToImage.load` takes by name."""
+    return TextToImage.from_parts(*find_parts(model, runs), device, **placement)
 
 
 def _trained_pipeline(gpt_folder: Path, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:

@@ -1,24 +1,35 @@
 """`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqt2i.checkpoint import load_model, require_same
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import Config, load_config
 from vqt2i.data.images import png_bytes, to_uint8
-from vqt2i.errors import CheckpointError, PromptError
-from vqt2i.generation.decode import Job, Start, decode_image_ids
+from vqt2i.errors import CheckpointError, PromptError, ResourceError
+from vqt2i.generation.batches import Packer
+from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.engine import Engine, EngineName, PrecisionName
+from vqt2i.generation.memory import (
+    ROWS_AT_ONCE,
+    Budget,
+    decoding_needs,
+    finishing_needs,
+    gigabytes,
+    room_on,
+    weight_bytes,
+)
 from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
 from vqt2i.generation.rows import Mixed, TextIds
 from vqt2i.generation.sampling import SamplingConfig
@@ -29,7 +40,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 PARTS = ("text", "vq", "gpt", "clip")
 PIPELINE = "pipeline.yaml"
-ROWS_AT_ONCE = 64  # images decoded or scored together: bounds the memory, changes no result
+Offload = Literal["auto", "never", "always"]
 GREY = 128
 
 
@@ -88,6 +99,25 @@ class Preview(NamedTuple):
     images: Callable[[], np.ndarray]
 
 
+class _Asked(NamedTuple):
+    """What pictures were asked for, `count` of each prompt. scorer: None leaves them unscored."""
+
+    prompts: Sequence[str]
+    count: int
+    scorer: Scorer | None
+    sampling: SamplingConfig
+    negative_ids: TextIds
+    mixed: Mixed | None
+    seed: int
+
+
+class _Drawn(NamedTuple):
+    """An image's ids, (height, width), and the passes of the GPT that it took."""
+
+    ids_HW: Tensor
+    n_passes: int
+
+
 def pipeline_folders(folder: Path) -> dict[str, Path | None]:
     """The folder of each part of a pipeline folder; None for a scorer that it does not have.
 
@@ -100,7 +130,12 @@ def pipeline_folders(folder: Path) -> dict[str, Path | None]:
 
 
 class TextToImage:
-    """The four parts and how to sample from them. `clip` may be None."""
+    """The four parts and how to sample from them. `clip` may be None.
+
+    Attributes:
+        memory: bytes that weights and drawing may take of the GPT's device; None is what is free.
+        away: those of `vq` and `clip` that are on the CPU and come to that device only while they work.
+    """
 
     def __init__(
         self,
@@ -109,25 +144,33 @@ class TextToImage:
         gpt: GPT,
         clip: CLIP | None,
         config: PipelineConfig,
-        engine: EngineName = "auto",
-        precision: PrecisionName = "auto",
+        engine: Engine | None = None,
     ) -> None:
+        """engine: None is what `Engine` chooses where the GPT is."""
         self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
-        self.engine = Engine(engine, precision, gpt.device)
+        self.engine = engine or Engine("auto", "auto", gpt.device)
+        self.memory: int | None = None
+        self.away: tuple[nn.Module, ...] = ()
 
     @classmethod
     def load(
         cls,
         folder: Path | str,
         device: str = "auto",
+        *,
         engine: EngineName = "auto",
         precision: PrecisionName = "auto",
+        memory_gb: float | None = None,
+        offload: Offload = "auto",
     ) -> "TextToImage":
         """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` (optional) and `pipeline.yaml`.
 
         Args:
             engine: how the GPT decodes, which changes its speed only; "auto" is what ends a job soonest.
             precision: of the GPT's products; lower ones are faster and draw other pictures. "auto" is fp32 on CPUs.
+            memory_gb: the most that weights and drawing may take of the device; None is four fifths of what is free.
+            offload: whether image tokenizer and scorer wait on the CPU while the GPT draws. "auto": where a full batch
+                would not fit beside them.
 
         Raises:
             CheckpointError: a part is missing or damaged, or does not belong with the others.
@@ -135,7 +178,8 @@ class TextToImage:
         """
         folders = pipeline_folders(Path(folder))
         config = load_config(PipelineConfig, Path(folder) / PIPELINE)
-        return cls.from_parts(folders, config, device, engine, precision)
+        placement = {"engine": engine, "precision": precision, "memory_gb": memory_gb, "offload": offload}
+        return cls.from_parts(folders, config, device, **placement)
 
     @classmethod
     def from_parts(
@@ -143,10 +187,13 @@ class TextToImage:
         folders: dict[str, Path | None],
         config: PipelineConfig,
         device: str = "auto",
+        *,
         engine: EngineName = "auto",
         precision: PrecisionName = "auto",
+        memory_gb: float | None = None,
+        offload: Offload = "auto",
     ) -> "TextToImage":
-        """Load parts from a folder each (None for no `clip`) and check that they belong together."""
+        """Load parts from a folder each (None for no `clip`) and check that they belong together; see `load`."""
         text = TextTokenizer.load(folders["text"])
         vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
         gpt = load_model(folders["gpt"], GPTConfig, GPT)
@@ -169,7 +216,30 @@ class TextToImage:
                 hint=hint,
             )
         place = pick_device(device)
-        return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config, engine, precision)
+        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place))
+        pipeline.place(place, None if memory_gb is None else int(memory_gb * 1e9), offload)
+        return pipeline
+
+    def place(self, device: torch.device, memory: int | None = None, offload: Offload = "auto") -> None:
+        """Move the parts to `device`, but those that are to wait on the CPU; see `load`. memory: in bytes.
+
+        Raises:
+            ResourceError: the GPT itself is more than fits.
+        """
+        self.memory, weights = memory, weight_bytes(self.gpt, self.vq, self.clip)
+        if device.type != "cpu":
+            room, needed = room_on(device, 0, memory), weight_bytes(self.gpt)
+            if needed > room:
+                raise ResourceError(f"the GPT's weights need {gigabytes(needed)}, {gigabytes(room)} are free on "
+                                    f"{device}; free some, allow more (--memory), or take another device")  # fmt: skip
+            batch = decoding_needs(self.gpt, self.config.sampling, count=1).of(ROWS_AT_ONCE)
+            crowded = weights + batch > room
+        else:
+            crowded = False  # away is where they are
+        parts = [part for part in (self.vq, self.clip) if part is not None]
+        self.away = tuple(parts) if offload == "always" or (offload == "auto" and crowded) else ()
+        for part in (self.gpt, *parts):
+            part.to("cpu" if part in self.away else device)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -234,7 +304,7 @@ class TextToImage:
         prompts: str | Sequence[str],
         count: int,
         *,
-        first: int = 0,
+        indices: Sequence[int] | None = None,
         scorer: Scorer | None = None,
         scored: bool = True,
         sampling: SamplingConfig | None = None,
@@ -246,14 +316,18 @@ class TextToImage:
     ) -> Iterator[list[Sample]]:
         """All `count` pictures of each prompt, as they are drawn: ranked best first if `scored`, else in drawing order.
 
-        Holds max(`count`, ROWS_AT_ONCE) pictures at once, however many prompts there are. A picture depends on the
-        seed, its prompt's index and its own only, so that drawing may go on at any prompt.
+        Batches are full whatever `count` is, and as large as memory lets them be, up to ROWS_AT_ONCE images; a prompt
+        comes as soon as its last picture is there. However many prompts there are, one batch of pictures is held at
+        once, or one prompt's. A picture depends on the seed, its prompt's index and its own only, and its scores
+        on those of its prompt, so that drawing may go on at any prompt, and in several processes.
 
         Args:
-            first: index of the prompt to begin with.
+            indices: of the prompts to draw, in this order; None is all.
+            on_token: see `generate`; called with a negative number where a batch is drawn again in smaller ones.
 
         Raises:
             PromptError: at the call, before anything is drawn, for what `generate` raises it.
+            ResourceError: at the call, too little memory for a single image; later, what was free then is gone.
         """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
@@ -264,19 +338,12 @@ class TextToImage:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
         sampling = sampling or self.config.sampling
-        negative_ids, mixed = self._beside(negative, mix, sampling)
         prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        at_once = max(1, ROWS_AT_ONCE // count)
-        # the parts lie alike whatever the first is: in another batch a score may differ in its last bit
-        starts = range(first - first % at_once, len(prompts), at_once) if first < len(prompts) else ()
-        parts = (range(start, min(start + at_once, len(prompts))) for start in starts)
-        draw = partial(
-            self._draw, prompts, count=count, scorer=scorer if scored else None,
-            start=self.engine.start(self.gpt, count * max(0, len(prompts) - (first - first % at_once))),
-            sampling=sampling, negative_ids=negative_ids, mixed=mixed, seed=seed, on_token=on_token,
-            on_preview=on_preview,
-        )  # fmt: skip
-        return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
+        beside = self._beside(negative, mix, sampling)
+        asked = _Asked(prompts, count, scorer if scored else None, sampling, *beside, seed)
+        indices = range(len(prompts)) if indices is None else indices
+        budget = self._budget(asked)
+        return self._groups(asked, indices, budget, self._batches(asked, indices, budget, on_token, on_preview))
 
     def _beside(self, negative: str | None, mix: Mix | None, sampling: SamplingConfig) -> tuple[TextIds, Mixed | None]:
         negative_ids = self._whole("negative prompt", negative or "")
@@ -296,94 +363,153 @@ class TextToImage:
             raise PromptError(f"{what} {text[:40]!r}: {len(ids)} ids, the model reads {limit}; expected a shorter one")
         return ids
 
-    def _draw(
+    def _budget(self, asked: _Asked) -> Budget:
+        scorer = asked.scorer
+        clip = self.clip if scorer in ("clip", "both") else None
+        finishing = finishing_needs(self.vq, self.gpt, clip, scorer in ("caption", "both"))
+        visiting = weight_bytes(*(part for part in self.away if part in (self.vq, clip)))
+        finishing = finishing._replace(fixed=finishing.fixed + visiting)
+        at_home = weight_bytes(self.gpt, *(part for part in (self.vq, self.clip) if part not in self.away))
+        room = room_on(self.gpt.device, at_home, self.memory)
+        return Budget(self.gpt.device, decoding_needs(self.gpt, asked.sampling, asked.count), finishing, room)
+
+    def _batches(
         self,
-        prompts: Sequence[str],
+        asked: _Asked,
         indices: Sequence[int],
-        *,
-        count: int,
-        scorer: Scorer | None,
-        start: Start,
-        sampling: SamplingConfig,
-        negative_ids: TextIds,
-        mixed: Mixed | None,
-        seed: int,
+        budget: Budget,
         on_token: Callable[[int], None] | None,
         on_preview: Callable[[Preview], None] | None,
-    ) -> list[list[Sample]]:
-        """The candidates of the prompts of these indices, all drawn together."""
-        texts = {p: tuple(self.text.encode(prompts[p])) for p in indices}
-        jobs = [Job(text, p, i, negative_ids, mixed) for p, text in texts.items() for i in range(count)]
-        n_passes: dict[Job, int] = {}
+    ) -> Iterator[dict[Job, _Drawn]]:
+        """Batches of images."""
+        n_tokens, n_passes = 0, {}
+
+        def count_tokens(n: int) -> None:
+            nonlocal n_tokens
+            n_tokens += n
+            if on_token:
+                on_token(n)
 
         def on_partial(part: Sequence[Job], ids_BI: Callable[[], Tensor]) -> None:
-            on_preview(Preview(part, lambda: self._decode_part(ids_BI())))
+            on_preview(Preview(part, lambda: self._decode_part(ids_BI(), budget.finished)))
 
-        ids_BHW = decode_image_ids(
-            self.engine.gpt(self.gpt), jobs, sampling, seed, start=start, on_token=on_token,
-            on_partial=on_partial if on_preview else None, on_passes=n_passes.__setitem__,
-        )  # fmt: skip
-        image_B3HW = self._decode(ids_BHW)
-        scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scorer else {}
-        if scores and mixed:
-            other = self._score(scorer, image_B3HW, ids_BHW, [mixed.text_ids] * len(jobs))
-            scores = {name: torch.lerp(scores[name], other[name], mixed.share) for name in scores}
-        pictures = to_uint8(image_B3HW)
-        limit = self.gpt.layout.config.text_length
-        groups = []
-        for at in range(0, len(jobs), count):
-            rows = slice(at, at + count)
-            ranking = {name: values[rows] for name, values in scores.items()}
-            if len(ranking) > 1:
-                ranking["both"] = combine(ranking)
-            # copies: a view would keep the pictures of the whole part for as long as one of them is kept
-            group = [
-                Sample(
-                    prompts[job.prompt_index], job.prompt_index, job.image_index, seed, pictures[row].copy(),
-                    ids_BHW[row].numpy().copy(), max(0, len(job.text_ids) - limit),
-                    {name: float(values[job.image_index]) for name, values in ranking.items()}, n_passes[job],
-                )
-                for row, job in enumerate(jobs[rows], at)
-            ]  # fmt: skip
-            groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scorer else group)
-        return groups
+        packer = Packer(indices, partial(self._first_job, asked), asked.count)
+        start = self.engine.start(self.gpt, asked.count * len(indices))
+        while jobs := packer.take(budget.rows):
+            decode = partial(
+                decode_image_ids, self.engine.gpt(self.gpt), jobs, asked.sampling, asked.seed, start=start,
+                rows_at_once=len(jobs), on_token=count_tokens, on_partial=on_partial if on_preview else None,
+                on_passes=n_passes.__setitem__,
+            )  # fmt: skip
+            n_tokens, ids_BHW = 0, None
+            with suppress(torch.OutOfMemoryError):
+                ids_BHW = budget.watch(len(jobs), decode)
+            if ids_BHW is None:  # here the failed call's tensors are gone
+                count_tokens(-n_tokens)
+                budget.ran_out(len(jobs))
+                packer.give_back(jobs)
+            else:
+                yield {job: _Drawn(ids, n_passes.pop(job)) for job, ids in zip(jobs, ids_BHW, strict=True)}
+
+    def _first_job(self, asked: _Asked, prompt_index: int) -> Job:
+        ids = tuple(self.text.encode(asked.prompts[prompt_index]))
+        return Job(ids, prompt_index, 0, asked.negative_ids, asked.mixed)
+
+    def _groups(
+        self, asked: _Asked, indices: Sequence[int], budget: Budget, batches: Iterator[dict[Job, _Drawn]]
+    ) -> Iterator[list[Sample]]:
+        """Candidates prompt by prompt, in the order of `indices`."""
+        drawn: dict[int, dict[Job, _Drawn]] = defaultdict(dict)
+        waiting = deque(indices)
+        for batch in batches:
+            for job, image in batch.items():
+                drawn[job.prompt_index][job] = image
+            whole = []
+            while waiting and len(drawn[waiting[0]]) == asked.count:
+                whole.append(waiting.popleft())
+            if whole:
+                with self._at_work(self.vq, self.clip if asked.scorer in ("clip", "both") else None):
+                    groups = [self._finish(asked, drawn.pop(p), budget) for p in whole]
+                yield from groups
+
+    def _finish(self, asked: _Asked, drawn: dict[Job, _Drawn], budget: Budget) -> list[Sample]:
+        """Pictures and scores of all candidates of a prompt, together with no others', so that they are always equal.
+
+        (Where memory is too small for FINISHED_AT_ONCE of them, the last bits may differ.)
+        """
+        jobs = sorted(drawn, key=lambda job: job.image_index)
+        ids_BHW = torch.stack([drawn[job].ids_HW for job in jobs])
+        pictures, scores, start = [], defaultdict(list), 0
+        while start < len(jobs):
+            part_BHW = ids_BHW[start : start + budget.finished]
+            done = None
+            with suppress(torch.OutOfMemoryError):
+                image_B3HW = self._decode(part_BHW, budget.finished)
+                done = self._score(asked.scorer, image_B3HW, part_BHW, jobs[0]) if asked.scorer else {}
+            if done is None:
+                budget.ran_out_finishing(len(part_BHW))
+                continue
+            start += len(part_BHW)
+            pictures.extend(to_uint8(image_B3HW))
+            for name, score_B in done.items():
+                scores[name].append(score_B)
+        ranking = {name: torch.cat(parts) for name, parts in scores.items()}
+        if len(ranking) > 1:
+            ranking["both"] = combine(ranking)
+        n_truncated = max(0, len(jobs[0].text_ids) - self.gpt.layout.config.text_length)
+        # copies: a view would keep all pictures for as long as one of them is kept
+        group = [
+            Sample(
+                asked.prompts[job.prompt_index], job.prompt_index, job.image_index, asked.seed, pictures[i].copy(),
+                ids_BHW[i].numpy().copy(), n_truncated, {name: float(values[i]) for name, values in ranking.items()},
+                drawn[job].n_passes,
+            )
+            for i, job in enumerate(jobs)
+        ]  # fmt: skip
+        return sorted(group, key=lambda s: -s.scores[asked.scorer]) if asked.scorer else group
+
+    @contextmanager
+    def _at_work(self, *parts: nn.Module | None) -> Iterator[None]:
+        """Have those of the parts that are kept away on the GPT's device meanwhile."""
+        visitors = [part for part in parts if part in self.away]
+        try:
+            for part in visitors:
+                part.to(self.gpt.device)
+            yield
+        finally:
+            for part in visitors:
+                part.to("cpu")
 
     @torch.inference_mode()
-    def _decode(self, ids_BHW: Tensor) -> Tensor:
-        device = next(self.vq.parameters()).device
-        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(ROWS_AT_ONCE)])
+    def _decode(self, ids_BHW: Tensor, at_once: int) -> Tensor:
+        device = self.gpt.device
+        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(at_once)])
 
-    def _decode_part(self, ids_BI: Tensor) -> np.ndarray:
+    def _decode_part(self, ids_BI: Tensor, at_once: int) -> np.ndarray:
         """Pictures (B, height, width, 3) of the first ids of each image; grey where there are none yet."""
         layout, n_drawn = self.gpt.layout.config, ids_BI.shape[1]
         rows, columns = layout.grid_height, layout.grid_width
         # the rest is painted over, but the decoder mixes it into its neighbours: the last id is like them
         rest_BI = ids_BI[:, -1:].expand(-1, rows * columns - n_drawn)
         ids_BHW = torch.cat((ids_BI, rest_BI), dim=1).reshape(-1, rows, columns)
-        image_BHW3 = to_uint8(self._decode(ids_BHW))
+        with self._at_work(self.vq):
+            image_BHW3 = to_uint8(self._decode(ids_BHW, at_once))
         cell_px = image_BHW3.shape[1] // rows
-        missing = (np.arange(rows * columns) >= n_drawn).reshape(rows, image_BHW3.shape[2] // cell_px, -1)
-        missing_HW = missing.any(-1)  # a cell of several ids is there with the last of them
+        missing_HW = (np.arange(rows * columns) >= n_drawn).reshape(rows, columns)
         image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
         return image_BHW3
 
-    def _score(
-        self,
-        scorer: Scorer,
-        image_B3HW: Tensor,
-        ids_BHW: Tensor,
-        texts: list[tuple[int, ...]],
-    ) -> dict[str, Tensor]:
-        scores: dict[str, list[Tensor]] = {}
-        for start in range(0, len(texts), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            if scorer in ("clip", "both"):
-                size, image = self.clip.config.image_size_px, image_B3HW[rows]
-                if image.shape[-1] != size:
-                    image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-                clip = self.engine.clip(self.clip)
-                scores.setdefault("clip", []).append(clip_scores(clip, image, texts[rows]))
-            if scorer in ("caption", "both"):
-                gpt = self.engine.gpt(self.gpt)
-                scores.setdefault("caption", []).append(caption_scores(gpt, ids_BHW[rows], texts[rows]))
-        return {name: torch.cat(parts) for name, parts in scores.items()}
+    def _score(self, scorer: Scorer, image_B3HW: Tensor, ids_BHW: Tensor, job: Job) -> dict[str, Tensor]:
+        """Scores of candidates of a prompt: of its text, or the mean of both texts' where one is mixed in."""
+        if job.mixed:
+            own, other = (
+                self._score(scorer, image_B3HW, ids_BHW, job._replace(text_ids=ids, mixed=None))
+                for ids in (job.text_ids, job.mixed.text_ids)
+            )
+            return {name: torch.lerp(own[name], other[name], job.mixed.share) for name in own}
+        scores, texts = {}, [job.text_ids] * len(ids_BHW)
+        if scorer in ("clip", "both"):
+            scores["clip"] = clip_scores(self.engine.clip(self.clip), image_B3HW, texts)
+        if scorer in ("caption", "both"):
+            scores["caption"] = caption_scores(self.engine.gpt(self.gpt), ids_BHW, texts)
+        return scores

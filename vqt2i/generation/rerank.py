@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqt2i.clip import CLIP
@@ -18,13 +19,21 @@ Scorer = Literal["clip", "caption", "both"]
 
 @torch.inference_mode()
 def clip_scores(clip: CLIP, image_B3HW: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Cosine of each image (in [-1, 1], of the scorer's size) with its text, (B,). Equal texts are read once."""
+    """Cosine of each image (in [-1, 1], resized where it has another size) with its text, (B,). Equal texts are read
+    once."""
     rows = {t: row for row, t in enumerate(dict.fromkeys(map(tuple, texts)))}
     text = pad_texts([list(t) for t in rows], clip.config.text_length)
     device = clip.no_text.device
-    image_BE = clip.encode_image(image_B3HW.to(device))
+    image_BE = clip.encode_image(resized(image_B3HW.to(device), clip.config.image_size_px))
     text_BE = clip.encode_text(*(t.to(device) for t in text))[[rows[tuple(t)] for t in texts]]
     return (image_BE * text_BE).sum(-1).cpu()
+
+
+def resized(image_B3HW: Tensor, size_px: int) -> Tensor:
+    """Images in [-1, 1] as squares of this size."""
+    if image_B3HW.shape[2:] == (size_px, size_px):
+        return image_B3HW
+    return F.interpolate(image_B3HW, (size_px, size_px), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 @torch.inference_mode()
