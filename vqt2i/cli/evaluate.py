@@ -43,10 +43,12 @@ def run(args: argparse.Namespace) -> None:
     total = len(kinds) * args.n_prompts * args.rerank * pipeline.gpt.layout.image_length
     with counter("drawing and judging", total, unit="tokens") as on_token:
         results = measure_oracle(pipeline, protocol, on_token)
-    for kind, by_scorer in results.items():
+    for kind, result in results.items():
+        by_scorer = result["accuracy"]
         line = "  ".join(f"{name} {value['right']:.1%}" for name, value in by_scorer.items())
         error = max(value["standard_error"] for value in by_scorer.values())
-        print(f"{kind:14} {line}  (± {error:.1%})")
+        retrieved = f"  R-precision {result['r_precision']:.1%}" if "r_precision" in result else ""
+        print(f"{kind:14} {line}  (± {error:.1%}){retrieved}")
     if args.out:
         facts = dataclasses.asdict(protocol) | {
             "sampling": protocol.sampling.model_dump(), "precision": pipeline.engine.precision,
