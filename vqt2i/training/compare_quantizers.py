@@ -16,8 +16,7 @@ QUANTIZERS: dict[str, QuantizerConfig] = {
     "fsq": FSQConfig(levels=(8, 5, 5, 5)),
     "lfq": LFQConfig(codebook_size=1024),
     "residual": ResidualVQConfig(codebook_size=512, depth=2),
-    # the KL weight for losses of absolute and squared errors, which are a tenth of a logit-Laplace likelihood's
-    "gumbel": GumbelConfig(codebook_size=1024, kl_weight=1e-3),
+    "gumbel": GumbelConfig(codebook_size=1024),
 }
 
 

@@ -21,8 +21,8 @@ class GumbelConfig(KindConfig):
     """temperature, final_temperature: of the relaxation, from the first to the second along a cosine within the first
         `anneal_share` of the training.
     kl_weight: of the KL divergence from the uniform prior in nats per cell; it rises from 0 along a cosine within the
-        first `kl_warmup_share` of the training. DALL·E's beta of 6.6 is per 192 pixel values (appendix A.2): 0.034
-        here, where the reconstruction loss is a mean over pixel values.
+        first `kl_warmup_share` of the training. More of it keeps more codes in use. DALL·E's beta of 6.6 is for sums
+        over a cell's pixel values (appendix A.2); our losses are means over them: beta / (3 * downsample^2).
     straight_through: in training the decoder reads one code instead of a mixture, with the mixture's gradient.
     """
 
@@ -30,8 +30,8 @@ class GumbelConfig(KindConfig):
     codebook_size: PositiveInt = 512
     temperature: PositiveFloat = 1.0
     final_temperature: PositiveFloat = 1 / 16
-    anneal_share: float = Field(0.5, gt=0, le=1)
-    kl_weight: NonNegativeFloat = 0.034
+    anneal_share: float = Field(1.0, gt=0, le=1)
+    kl_weight: NonNegativeFloat = 0.01
     kl_warmup_share: float = Field(0.05, ge=0, le=1)
     straight_through: bool = False
 
