@@ -1,5 +1,10 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vqt2i
 from vqt2i.checkpoint import save_model
 from vqt2i.cli import main
 from vqt2i.generation.output import OutputFolder
@@ -278,3 +284,90 @@ def test_a_preview_is_there_while_it_draws(
     assert seen == [True] and "preview: o/preview.png" in capsys.readouterr().err
     assert draw("x", "--n", 1, "--out", "plain") == 0
     assert contents_of("o") == contents_of("plain")
+
+
+@pytest.fixture
+def start(model_folders: Path, in_empty_folder: Path):
+    """start(*arguments): `generate` as a process of its own, in the folder of `draw`."""
+    started = []
+
+    def run(*arguments: object) -> subprocess.Popen:
+        command = [Path(vqt2i.__file__).parents[1] / "tools" / "generate.py", "--model", model_folders, *arguments]
+        started.append(subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ))  # fmt: skip
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_two_processes_write_the_folder_of_one(draw, start, forty: Path) -> None:
+    assert draw("--prompts", forty, *LONG, "--out", "one") == 0
+    process = start("--prompts", forty, *LONG, "--devices", 2, "--out", "two")
+    out, told = process.communicate(timeout=600)
+    assert process.returncode == 0, told
+    assert out == "80 pictures in two, all of them in two/grid-000.png to grid-001.png\n"
+    assert "drawing: 200 images in" in told and told.count("drawing:") == told.count("pipeline:") == 1
+    assert contents_of("one") == contents_of("two")
+
+
+def processes_of(process: subprocess.Popen, n: int) -> list[int]:
+    """The ids of its n processes, in order, once each of them has begun to leave something in the folder o."""
+    end = time.monotonic() + 300
+    while not (Path("o/finished").is_dir() and Path("o/scores.jsonl").is_file()):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == n
+    return [int(child) for child in children]
+
+
+def test_a_killed_process_and_an_interrupt_end_all_and_any_number_of_processes_goes_on(
+    draw, start, in_empty_folder: Path
+) -> None:
+    prompts = in_empty_folder / "prompts.txt"
+    prompts.write_text("".join(f"a red square {i}\n" for i in range(60)), encoding="utf-8")
+    job = ["--prompts", prompts, "--rerank", 32, "--n", 1, "--scorer", "caption"]
+
+    killed = start(*job, "--devices", 2, "--out", "o")
+    ranks = processes_of(killed, 2)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, told = killed.communicate(timeout=60)
+    assert killed.returncode == 1 and "process 1 of 2 was killed by SIGKILL" in told and "Traceback" not in told
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+    drawn = len(list(Path("o").glob("???-00.png")))
+    shutil.rmtree("o/finished")  # to see when the next has begun
+    interrupted = start(*job, "--devices", 2, "--out", "o")
+    processes_of(interrupted, 2)
+    interrupted.send_signal(signal.SIGINT)
+    _, told = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130, told
+    assert told.count("interrupted") == 1 and "Traceback" not in told
+    assert "of 60 prompts are in o; the same command with --out o goes on" in told
+    assert drawn <= len(list(Path("o").glob("???-00.png"))) < 60
+
+    assert draw(*job, "--out", "o") == 0 and draw(*job, "--out", "whole") == 0
+    assert contents_of("o") == contents_of("whole")
+
+
+def test_an_error_of_all_processes_is_told_once(start) -> None:
+    process = start("x", "--devices", 2, "--memory", 1e-6)
+    out, told = process.communicate(timeout=600)
+    assert process.returncode == 2 and told.count("error: ") == 1 and "an image needs" in told
+    assert "Traceback" not in told and out == "" and not list(Path("outputs").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--devices", 0], "--devices: found 0"), (["--memory", 0], "--memory: found 0.0, expected more than 0")],
+)
+def test_machines_that_make_no_sense_are_told_in_a_line(
+    fails, model_folders: Path, in_empty_folder: Path, options: list, told: str
+) -> None:
+    assert told in fails("generate", "x", "--model", model_folders, *options)
+    assert list(in_empty_folder.iterdir()) == []

@@ -43,10 +43,14 @@ class Needs(NamedTuple):
         return (room - self.fixed) // self.per_image
 
 
-def decoding_needs(gpt: GPT, sampling: SamplingConfig, count: int, text_length: int | None = None) -> Needs:
-    """Of decoding images, `count` of each text: keys and values of both branches, and the largest step.
+def decoding_needs(
+    gpt: GPT, sampling: SamplingConfig, count: int, text_length: int | None = None, *, mixed: bool = False
+) -> Needs:
+    """Of decoding images, `count` of each text: keys and values of all branches, and the largest step.
 
-    text_length: of the longest text; None is the longest that the model can read.
+    Args:
+        text_length: of the longest text; None is the longest that the model can read.
+        mixed: whether a second text is mixed into each.
     """
     config, layout = gpt.config.transformer, gpt.layout.config
     element = gpt.embedding.weight.element_size()
@@ -54,7 +58,7 @@ def decoding_needs(gpt: GPT, sampling: SamplingConfig, count: int, text_length: 
     n = gpt.layout.image_length
     prefix = 3 + (layout.text_length if text_length is None else text_length)
     guided = sampling.guided_tokens(n)
-    branches = 2 if guided else 1
+    branches = 1 + bool(guided) + mixed
     position = 2 * config.n_layers * config.width * kept
 
     reading = prefix * _activations(config, element) + prefix**2  # with its mask
@@ -66,6 +70,7 @@ def decoding_needs(gpt: GPT, sampling: SamplingConfig, count: int, text_length: 
     if guided and guided.start > 0:  # the null rows read all tokens so far at once
         scores = 3 * config.n_heads * (prefix + guided.start) * FP32
         catching_up = guided.start * max(scores + 5 * config.width * element, _activations(config, element))
+        catching_up += branches * layout.n_image_ids * FP32  # the others' logits wait meanwhile
 
     of_image = branches * (n - 1) * position + prefix * position // count + 3 * n * 8  # ids and random numbers
     # a batch may begin and end within a prompt's candidates; the null condition has a prefix too
@@ -76,8 +81,9 @@ def decoding_needs(gpt: GPT, sampling: SamplingConfig, count: int, text_length: 
 def finishing_needs(vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, captioned: bool) -> Needs:
     """Of turning ids into pictures and scoring these with `clip`, and by the caption score where `captioned`."""
     layout = gpt.layout
-    picture = 3 * FP32 * layout.image_length * vq.config.downsample**2
-    steps = [_decoder_needs(vq, layout.config.grid_height, layout.config.grid_width)]
+    height, width = layout.config.grid_height, layout.config.grid_width // vq.config.quantizer.ids_per_cell
+    picture = 3 * FP32 * height * width * vq.config.downsample**2
+    steps = [_decoder_needs(vq, height, width)]
     if clip is not None:
         vision, text = clip.config.vision, clip.config.text
         element = clip.no_text.element_size()

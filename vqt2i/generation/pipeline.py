@@ -371,7 +371,8 @@ class TextToImage:
         finishing = finishing._replace(fixed=finishing.fixed + visiting)
         at_home = weight_bytes(self.gpt, *(part for part in (self.vq, self.clip) if part not in self.away))
         room = room_on(self.gpt.device, at_home, self.memory)
-        return Budget(self.gpt.device, decoding_needs(self.gpt, asked.sampling, asked.count), finishing, room)
+        decoding = decoding_needs(self.gpt, asked.sampling, asked.count, mixed=asked.mixed is not None)
+        return Budget(self.gpt.device, decoding, finishing, room)
 
     def _batches(
         self,
@@ -495,7 +496,8 @@ class TextToImage:
         with self._at_work(self.vq):
             image_BHW3 = to_uint8(self._decode(ids_BHW, at_once))
         cell_px = image_BHW3.shape[1] // rows
-        missing_HW = (np.arange(rows * columns) >= n_drawn).reshape(rows, columns)
+        missing = (np.arange(rows * columns) >= n_drawn).reshape(rows, image_BHW3.shape[2] // cell_px, -1)
+        missing_HW = missing.any(-1)  # a cell of several ids is there with the last of them
         image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
         return image_BHW3
 

@@ -31,10 +31,10 @@ def picture_parts(
         ConfigError: the grids of the two differ.
     """
     layout = config.layout
-    if (layout.grid_height, layout.grid_width) != (vq_config.grid_size,) * 2:
-        side = vq_config.grid_size
-        raise ConfigError(f"the image tokenizer has a grid of {side} x {side} ids, the GPT one of "
-                          f"{layout.grid_height} x {layout.grid_width}; give --tokenizer FILE of its grid")  # fmt: skip
+    theirs, own = ((c.grid_height, c.grid_width) for c in (vq_config, layout))
+    if theirs != own:
+        raise ConfigError(f"the image tokenizer has a grid of {theirs[0]} x {theirs[1]} ids, the GPT one of "
+                          f"{own[0]} x {own[1]}; give --tokenizer FILE of its grid")  # fmt: skip
     with device:
         vq = ImageTokenizer(vq_config).eval()
         text = TextBatch(torch.zeros(1, layout.text_length, dtype=torch.long), torch.full((1,), layout.text_length))
