@@ -91,11 +91,12 @@ def relaxed_attention(
     bits cannot hold never are. It is for products that are kept in 16 bits, as here (and costs their memory); kernels
     that keep scores in fp32, such as PyTorch's for plain attention, need none of it.
     """
-    scores = (q_BNLH * (q_BNLH.shape[-1] ** -0.5 / RELAXATION)) @ k_BNKH.mT
-    if mask_B1LK is not None:
-        scores = torch.where(mask_B1LK, scores, -torch.inf)
-    p = _relaxed(scores).softmax(-1, dtype=torch.float32).to(v_BNKH.dtype)
-    return F.dropout(p, dropout) @ v_BNKH
+    with torch.autocast(q_BNLH.device.type, enabled=False):  # it would keep the probabilities in fp32 too
+        scores = (q_BNLH * (q_BNLH.shape[-1] ** -0.5 / RELAXATION)) @ k_BNKH.mT
+        if mask_B1LK is not None:
+            scores = torch.where(mask_B1LK, scores, -torch.inf)
+        p = _relaxed(scores).softmax(-1)  # sums in fp32 inside
+        return F.dropout(p, dropout) @ v_BNKH
 
 
 def _relaxed(scores: Tensor) -> Tensor:
