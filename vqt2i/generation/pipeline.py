@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vqt2i.checkpoint import load_model, require_same
+from vqt2i.checkpoint import load_model, read_card, require_same
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import Config, load_config
 from vqt2i.data.images import png_bytes, to_uint8
 from vqt2i.errors import CheckpointError, PromptError
+from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption, caption_images, require_reads_images
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
 from vqt2i.generation.sampling import SamplingConfig
@@ -93,6 +94,7 @@ class TextToImage:
         self, text: TextTokenizer, vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, config: PipelineConfig
     ) -> None:
         self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
+        self.gpt_folder: Path | None = None  # where it was loaded from: its card says what it was trained on
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "auto") -> "TextToImage":
@@ -129,7 +131,9 @@ class TextToImage:
                 hint=hint,
             )
         place = pick_device(device)
-        return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config)
+        pipeline = cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config)
+        pipeline.gpt_folder = folders["gpt"]
+        return pipeline
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -307,3 +311,24 @@ class TextToImage:
             if scorer in ("caption", "both"):
                 scores.setdefault("caption", []).append(caption_scores(self.gpt, ids_BHW[rows], texts[rows]))
         return {name: torch.cat(parts) for name, parts in scores.items()}
+
+    def caption(
+        self,
+        images: Sequence[np.ndarray | Image.Image],
+        *,
+        n: int = 1,
+        how: BeamConfig | DrawConfig | None = None,
+        seed: int = 0,
+    ) -> list[list[ImageCaption]]:
+        """The best `n` texts of each image, best first; several images are read together.
+
+        Args:
+            images: uint8 (height, width, 3), or as Pillow has them; cropped and resized as for training.
+            how: by a beam search (None: with its defaults), or drawn from `seed`.
+
+        Raises:
+            PromptError: a number out of range. DataError: not an image. CheckpointError: the GPT never learned to.
+        """
+        if self.gpt_folder is not None:
+            require_reads_images(self.gpt_folder, read_card(self.gpt_folder))
+        return caption_images(self.text, self.vq, self.gpt, images, n=n, how=how or BeamConfig(), seed=seed)
