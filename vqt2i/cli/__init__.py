@@ -23,6 +23,7 @@ VERBS = (
     "train_clip",
     "export",
     "generate",
+    "caption",
     "evaluate",
     "make_pipeline",
     "benchmark",

@@ -94,12 +94,12 @@ def _draw(args: argparse.Namespace) -> None:
             say(f"preview: {preview.path}")
         if len(missing) < len(prompts):
             say(f"{out}: {len(prompts) - len(missing):,} of {len(prompts):,} prompts are there")
-    groups = pipeline.stream(  # before anything is written: it may refuse
-        prompts, count, indices=missing[place.rank :: place.size], scorer=scorer, scored=args.rerank is not None,
-        sampling=sampling, negative=negative, mix=mix, seed=args.seed, on_token=lambda n_tokens: tally.add(n_tokens),
-        on_preview=preview,
-    )  # fmt: skip
     try:
+        groups = pipeline.stream(  # before anything is written: it may refuse
+            prompts, count, indices=missing[place.rank :: place.size], scorer=scorer, scored=args.rerank is not None,
+            sampling=sampling, negative=negative, mix=mix, seed=args.seed, on_token=lambda n_tokens: tally.add(n_tokens),
+            on_preview=preview,
+        )  # fmt: skip
         with (
             counter("drawing", len(missing) * count, unit="images") as advance,
             Tally(lambda n_tokens: advance(n_tokens / tokens_per_image)) as tally,

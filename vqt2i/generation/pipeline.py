@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vqt2i.checkpoint import load_model, require_same
+from vqt2i.checkpoint import load_model, read_card, require_same
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import Config, load_config
 from vqt2i.data.images import png_bytes, to_uint8
 from vqt2i.errors import CheckpointError, PromptError, ResourceError
 from vqt2i.generation.batches import Packer
+from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption, caption_images, require_reads_images
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.engine import Engine, EngineName, PrecisionName
 from vqt2i.generation.memory import (
@@ -151,6 +152,7 @@ class TextToImage:
         self.engine = engine or Engine("auto", "auto", gpt.device)
         self.memory: int | None = None
         self.away: tuple[nn.Module, ...] = ()
+        self.gpt_folder: Path | None = None  # where it was loaded from: its card says what it was trained on
 
     @classmethod
     def load(
@@ -217,6 +219,7 @@ class TextToImage:
             )
         place = pick_device(device)
         pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place))
+        pipeline.gpt_folder = folders["gpt"]
         pipeline.place(place, None if memory_gb is None else int(memory_gb * 1e9), offload)
         return pipeline
 
@@ -515,3 +518,25 @@ class TextToImage:
         if scorer in ("caption", "both"):
             scores["caption"] = caption_scores(self.engine.gpt(self.gpt), ids_BHW, texts)
         return scores
+
+    def caption(
+        self,
+        images: Sequence[np.ndarray | Image.Image],
+        *,
+        n: int = 1,
+        how: BeamConfig | DrawConfig | None = None,
+        seed: int = 0,
+    ) -> list[list[ImageCaption]]:
+        """The best `n` texts of each image, best first; several images are read together.
+
+        Args:
+            images: uint8 (height, width, 3), or as Pillow has them; cropped and resized as for training.
+            how: by a beam search (None: with its defaults), or drawn from `seed`.
+
+        Raises:
+            PromptError: a number out of range. DataError: not an image. CheckpointError: the GPT never learned to.
+        """
+        if self.gpt_folder is not None:
+            require_reads_images(self.gpt_folder, read_card(self.gpt_folder))
+        with self._at_work(self.vq):
+            return caption_images(self.text, self.vq, self.gpt, images, n=n, how=how or BeamConfig(), seed=seed)

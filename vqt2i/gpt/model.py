@@ -59,7 +59,7 @@ class SplitHead(nn.Linear):
 
 
 class GPT(nn.Module):
-    """`forward` for whole sequences, `prefill` and `step` for decoding with a cache: three paths, equal logits."""
+    """`forward` for whole sequences; `prefill`, then `step` or `step_text`, with a cache: every path, equal logits."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -139,19 +139,20 @@ class GPT(nn.Module):
         """Scores of the image ids, (B, L, n_image_ids)."""
         return self.head(hidden_BLD, slice(self.layout.first_image_id, None))
 
-    def prefill(self, prefix: Sequences) -> tuple[Tensor, PrefixCache]:
-        """Read a prefix (`layout.text_prefix`) into a new cache.
+    def prefill(self, prefix: Sequences, *, reversed_order: bool = False) -> tuple[Tensor, PrefixCache]:
+        """Read a prefix into a new cache: `layout.text_prefix`, or in the reversed order `layout.image_prefix`.
 
-        Returns the image logits after it, (B, n_image_ids), and the cache.
+        Returns the logits after it, (B, n_image_ids) or in the reversed order (B, n_text_ids + 1), and the cache.
         """
         x_BLD, cos_sin = self.embed(prefix)
         cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], x_BLD.device, self.cached_dtype)
         hidden = self.transformer(
-            x_BLD, mask_B1LK=prefix.causal_mask(), causal=True, cos_sin=cos_sin, cache=cache
+            x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache
         )
         if x_BLD.device.type == "cpu":  # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
             cache.kv = cache.kv.float()
-        return self.image_logits(hidden[:, -1]), cache
+        score = self.text_logits if reversed_order else self.image_logits
+        return score(hidden[:, -1]), cache
 
     def step(self, image_BI: Tensor, cache: BranchedCache, n_scored: int = 1) -> Tensor:
         """Append the next image tokens (codes from 0) to every row.
@@ -167,6 +168,16 @@ class GPT(nn.Module):
         masks = visible and [seen_II[at_L][None, None] for seen_II in visible]
         hidden = self.transformer(x_BLD, mask_B1LK=masks, cos_sin=cos_sin, cache=cache)
         return self.image_logits(hidden[:, -n_scored:])
+
+    def step_text(self, text_BL: Tensor, cache: BranchedCache) -> Tensor:
+        """Append the next text ids to every row of the reversed order; as `step`.
+
+        Returns the logits after the last of them, (B, n_text_ids + 1).
+        """
+        before_B = cache.n_before_B if self.config.positions == "sequence" else None
+        x_BLD, cos_sin = self.embed(self.layout.text_part(text_BL, cache.n_filled), before_B)
+        hidden = self.transformer(x_BLD, cos_sin=cos_sin, cache=cache)  # whatever the sparsity, text sees the image
+        return self.text_logits(hidden[:, -1])
 
     def _masks(self, sequences: Sequences) -> Tensor | list[Tensor | BlockMask]:
         """What each position sees, (B, 1, L, L): one mask for all layers or one for each."""

@@ -170,22 +170,31 @@ class SequenceLayout:
         prefix, image = self.text_prefix(text), self.image_part(image_BI)
         return Sequences(*(torch.cat(pair, dim=1) for pair in zip(prefix, image, strict=True)))
 
+    def image_prefix(self, image_BI: Tensor) -> Sequences:
+        """I2T image BOT: what stands before the text in the order image → text."""
+        image = self.image_part(image_BI)
+        mark_B1 = torch.ones_like(image_BI[:, :1])
+        zero = torch.zeros_like(image.positions_BLA[:, :1])
+        return Sequences(
+            torch.cat((mark_B1 * self.i2t, image.ids_BL, mark_B1 * self.bot), dim=1),
+            torch.cat((zero, image.positions_BLA, zero), dim=1),
+            torch.cat((mark_B1.bool(), image.real_BL, mark_B1.bool()), dim=1),
+        )
+
+    def text_part(self, text_BL: Tensor, first: int = 0) -> Sequences:
+        """Text ids or EOT, number `first` behind an image and those after it, with their positions."""
+        positions = torch.zeros(*text_BL.shape, 3, dtype=torch.long, device=text_BL.device)
+        positions[..., 0] = torch.arange(first + 1, first + 1 + text_BL.shape[1], device=text_BL.device)
+        return Sequences(text_BL, positions, torch.ones_like(text_BL, dtype=torch.bool))
+
     def join_reversed(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """image → text, length `length`."""
-        S, n_B1 = self.config.text_length, text.n_ids_B[:, None]
-        image = self.image_part(image_BI)
-        order_BL = torch.arange(S + 1, device=image_BI.device)[None].expand(len(image_BI), -1)
+        n_B1 = text.n_ids_B[:, None]
+        order_BL = torch.arange(self.config.text_length + 1, device=image_BI.device)[None].expand(len(image_BI), -1)
         inner = F.pad(text.ids_BS, (0, 1))
         ids = torch.where(order_BL < n_B1, inner, torch.where(order_BL == n_B1, self.eot, self.pad))
-        mark = torch.ones_like(image_BI[:, :1])
-        zero = torch.zeros_like(image.positions_BLA[:, :1])
-        text_positions = torch.zeros(*ids.shape, 3, dtype=torch.long, device=ids.device)
-        text_positions[..., 0] = order_BL + 1
-        return Sequences(
-            torch.cat((mark * self.i2t, image.ids_BL, mark * self.bot, ids), dim=1),
-            torch.cat((zero, image.positions_BLA, zero, text_positions), dim=1),
-            torch.cat((mark.bool(), image.real_BL, mark.bool(), order_BL <= n_B1), dim=1),
-        )
+        after = self.text_part(ids)._replace(real_BL=order_BL <= n_B1)
+        return Sequences(*(torch.cat(pair, dim=1) for pair in zip(self.image_prefix(image_BI), after, strict=True)))
 
     def text_targets(self, *, reversed_order: bool) -> slice:
         """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included)."""

@@ -195,6 +195,14 @@ class BranchedCache:
         for branches in self.branches:
             branches.advance(n)
 
+    def follow(self, rows_B: Tensor) -> None:
+        """Let each row go on from what row `rows_B` of it has added; both must continue one row of a prefix."""
+        start = 0
+        for branches in self.branches:
+            own_B, n = rows_B[start : start + branches.n_rows] - start, branches.n_filled
+            branches.kv[..., :n, :] = branches.kv[:, :, own_B, :, :n]
+            start += branches.n_rows
+
     def rewind(self, n: int) -> None:
         """Forget the last `n` positions of every row."""
         self.advance(-n)
