@@ -97,8 +97,8 @@ def _draw(args: argparse.Namespace) -> None:
     try:
         groups = pipeline.stream(  # before anything is written: it may refuse
             prompts, count, indices=missing[place.rank :: place.size], scorer=scorer, scored=args.rerank is not None,
-            sampling=sampling, negative=negative, mix=mix, seed=args.seed, on_token=lambda n_tokens: tally.add(n_tokens),
-            on_preview=preview,
+            sampling=sampling, negative=negative, mix=mix, seed=args.seed, on_preview=preview,
+            on_token=lambda n_tokens: tally.add(n_tokens),
         )  # fmt: skip
         with (
             counter("drawing", len(missing) * count, unit="images") as advance,
