@@ -21,6 +21,7 @@ VERBS = (
     "train_clip",
     "export",
     "generate",
+    "edit",
     "evaluate",
     "make_pipeline",
     "benchmark",

@@ -1,6 +1,6 @@
 """The joint text and image decoder."""
 
-from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss
+from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss, token_nll
 from vqt2i.gpt.model import GPT, GPTConfig, Positions
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 
@@ -15,4 +15,5 @@ __all__ = [
     "Sequences",
     "caption_log_probability",
     "gpt_loss",
+    "token_nll",
 ]
