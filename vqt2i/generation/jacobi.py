@@ -67,9 +67,9 @@ def jacobi_passes(
         # the first that changed is final too: all before it is what it was drawn after
         n_new = min(int((tokens_W == drafts_W).long().cumprod(0).sum()) + 1, end - n_final)
         image_1I[0, n_final:end] = tokens_W
+        rows.rewind_to(n_final + n_new - 1)  # what was read behind it came after the draft, not after it
         n_new = first_drawn(n_final + n_new) - n_final
         n_final, old_WV = n_final + n_new, new_WV[n_new:]
-        rows.rewind_to(n_final - 1)
         yield image_1I[:, :n_final]
 
 
