@@ -220,7 +220,7 @@ class CompiledEngine:
     ) -> CompiledDrawing | PlainDrawing:
         """As `Start`; goes on where tokens are drawn already, (B, their number).
 
-        Negative and mixed prompts are drawn plainly.
+        Negative and mixed prompts and images with fixed tokens are drawn plainly.
         """
         if not self.serves(jobs):
             return PlainDrawing(self.gpt, jobs, uniform_IB, sampling)
@@ -237,7 +237,7 @@ class CompiledEngine:
     @staticmethod
     def serves(jobs: Sequence[Job]) -> bool:
         """Whether there is nothing but a text for each image."""
-        return not any(job.negative_ids or job.mixed for job in jobs)
+        return not any(job.negative_ids or job.mixed or job.fixed for job in jobs)
 
     def shape(self, texts: Sequence[tuple[TextIds, int]], sampling: SamplingConfig) -> Shape:
         """What these images need: every text the same number of rows, and texts of more images several times."""

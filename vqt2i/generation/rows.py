@@ -16,6 +16,8 @@ from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
 from vqt2i.text import TextBatch, pad_texts
 
 TextIds = tuple[int, ...]
+FixedIds = tuple[int | None, ...]
+DRAWN = -1  # stands in tensors of fixed ids where none is
 
 
 class Mixed(NamedTuple):
@@ -31,6 +33,7 @@ class Job(NamedTuple):
     negative_ids: what guidance leads away from; the empty text is the null condition.
     mixed: a second text; guided, the two are a conjunction as Liu et al. 2022 (arXiv 2206.01714) compose conditions
         of diffusion models.
+    fixed: for each of the image's tokens its id, or None where it is to be drawn; () draws all of them.
     """
 
     text_ids: TextIds
@@ -38,11 +41,16 @@ class Job(NamedTuple):
     image_index: int
     negative_ids: TextIds = ()
     mixed: Mixed | None = None
+    fixed: FixedIds = ()
 
     @property
     def texts(self) -> tuple[TextIds, TextIds, Mixed | None]:
         """What its logits depend on beside the tokens drawn: jobs with equal ones may share rows."""
         return self.text_ids, self.negative_ids, self.mixed
+
+    def n_passes(self, n: int) -> int:
+        """How many passes of the GPT give its `n` tokens one by one, that of its text included."""
+        return self.fixed.count(None) + (self.fixed[0] is not None) if self.fixed else n
 
 
 class _Prefilled(NamedTuple):
@@ -125,6 +133,11 @@ def read_texts(gpt: GPT, texts: Sequence[TextIds], length: int) -> Prefixes:
     text = TextBatch(*(t.to(gpt.device) for t in pad_texts([list(ids) for ids in texts], length)))
     prefix = gpt.layout.text_prefix(text)
     return Prefixes(*gpt.prefill(prefix), prefix.real_BL)
+
+
+def fixed_ids(jobs: Sequence[Job], n: int) -> Tensor:
+    """The ids of each image that are fixed, (B, n), and DRAWN elsewhere."""
+    return torch.tensor([[DRAWN if id is None else id for id in job.fixed or (None,) * n] for job in jobs])
 
 
 def count_runs(texts: Iterable[TextIds]) -> list[tuple[TextIds, int]]:
