@@ -43,6 +43,14 @@ class GPTConfig(Config):
     image_tokenizer: str
 
     @model_validator(mode="after")
+    def _heads_hold_pairs(self) -> GPTConfig:
+        width = self.transformer.head_width
+        if self.positions == "rotary" and width % 2:
+            raise ValueError(f"positions rotary: heads are {width} wide, expected an even width; change "
+                             "transformer.width or n_heads, or take learned positions")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _pivots_are_in_the_image(self) -> GPTConfig:
         length = SequenceLayout(self.layout).image_length
         if isinstance(self.sparsity, PivotWindowConfig) and self.sparsity.n_pivots > length:
