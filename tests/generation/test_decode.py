@@ -30,7 +30,7 @@ def drawn_naively(gpt: GPT, job: Job, sampling: SamplingConfig, seed: int) -> li
     for index, number in enumerate(numbers):
         start, end = (round(share * len(numbers)) for share in sampling.guidance_interval)
         scale, logits = sampling.guidance if start <= index < end else 1.0, []
-        for text in (job.text_ids, ()):
+        for text in (job.condition, ()):
             so_far = torch.tensor([ids], dtype=torch.long)
             hidden = gpt(gpt.layout.join(pad_texts([list(text)], config.text_length), so_far))
             logits.append(gpt.image_logits(hidden[:, -1])[0].double())
@@ -127,7 +127,7 @@ def test_an_interval_of_nothing_is_plain_sampling(gpt: GPT) -> None:
 
 
 def test_guidance_of_the_empty_prompt_changes_nothing(gpt: GPT) -> None:
-    empty = [job for job in JOBS if not job.text_ids]
+    empty = [job for job in JOBS if not job.condition]
     assert torch.equal(
         decode_image_ids(gpt, empty, SETTINGS[0], seed=5), decode_image_ids(gpt, empty, SETTINGS[1], seed=5)
     )

@@ -152,7 +152,7 @@ def test_weights_in_bf16_work_too(make_gpt) -> None:
 
 def test_a_sequence_of_no_rows_is_allowed(make_gpt) -> None:
     gpt = make_gpt()
-    none = Sequences(*(t[:0] for t in gpt.layout.join(pad_texts(TEXTS, 5), images(4))))
+    none = Sequences(*(t[:0] for t in gpt.layout.join(pad_texts(TEXTS, 5), images(4))[:3]))
     assert gpt(none).shape == (0, 14, 32)
 
 

@@ -85,6 +85,8 @@ def _load_gpt(path: Path) -> Any:
     config = load_config(GPTRunConfig, path)
     if config.sizes is None:
         raise ConfigError(f"{path}: sizes is null; a benchmark needs it, for it reads no tokenizers")
+    if config.condition.kind != "text":
+        raise ConfigError(f"{path}: condition {config.condition.kind}; a benchmark reads texts")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Image ids from texts: prefill each distinct text once, share it among its candidates, step all images together.
+"""Image ids from conditions: prefill each distinct one once, share it among its candidates, step all images together.
 
 B batch (images), I image ids, V vocabulary
 """
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from vqt2i.generation.sampling import SamplingConfig, draw, guide
-from vqt2i.gpt import GPT
+from vqt2i.gpt import GPT, Condition
 from vqt2i.nn.cache import BranchedCache, Branches
 from vqt2i.runtime import stream_seed
-from vqt2i.text import TextBatch, pad_texts
 
 
 class Job(NamedTuple):
-    """One image to draw: the ids of its text, and the numbers that, with the seed, make its random stream."""
+    """One image to draw: its condition (of a text, the ids), and what with the seed makes its random stream."""
 
-    text_ids: tuple[int, ...]
+    condition: Condition
     prompt_index: int
     image_index: int
 
@@ -78,17 +77,19 @@ def _decode_batch(
     on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None,
 ) -> Tensor:
     n, device = gpt.layout.image_length, gpt.device
-    # images of one text stand together, and texts of equally many images, so that they share prefixes and products
-    counts = Counter(job.text_ids for job in jobs)
-    order = sorted(range(len(jobs)), key=lambda i: (counts[jobs[i].text_ids], jobs[i].text_ids))
+    # images of one condition stand together, and conditions of equally many images, so that they share prefixes and
+    # products; those of one null condition before all, for their rows are shared too
+    counts, null = Counter(job.condition for job in jobs), gpt.reader.null
+    keys = [(null(job.condition), counts[job.condition], job.condition) for job in jobs]
+    order = sorted(range(len(jobs)), key=keys.__getitem__)
     inverse = torch.tensor(order).argsort()
     uniform_IB = torch.from_numpy(np.stack([uniforms(jobs[i], seed, n) for i in order], axis=1)).to(device)
     guided = sampling.guided_tokens(n)
 
-    logits, branches = _prefill(gpt, sorted(counts.items(), key=lambda item: (item[1], item[0])))
+    logits, branches = _prefill(gpt, [(condition, n_each) for _, n_each, condition in sorted(set(keys))])
     conditional = both = BranchedCache(branches)
-    if guided:  # the null condition is the empty text; one prefix of it serves all images
-        null_logits, branches = _prefill(gpt, [((), len(jobs))])
+    if guided:  # one prefix of a null condition serves all its images
+        null_logits, branches = _prefill(gpt, sorted(Counter(null for null, _, _ in keys).items()))
         null = BranchedCache(branches)
         both = BranchedCache([*conditional.branches, *null.branches])
 
@@ -113,15 +114,11 @@ def _decode_batch(
     return image_BI.cpu()[inverse]
 
 
-def _prefill(gpt: GPT, texts: Sequence[tuple[tuple[int, ...], int]]) -> _Prefilled:
-    """Read each text once for as many images as stand beside it; equal numbers stand together."""
+def _prefill(gpt: GPT, conditions: Sequence[tuple[Condition, int]]) -> _Prefilled:
+    """Read each condition once for as many images as stand beside it; equal numbers side by side are read together."""
     logits, branches = [], []
-    for n_each, group in groupby(texts, key=lambda item: item[1]):
-        ids = [list(text) for text, _ in group]
-        # padded to the longest of them only: what is not there costs nothing in any step
-        longest = min(max(1, *map(len, ids)), gpt.layout.config.text_length)
-        text = TextBatch(*(t.to(gpt.device) for t in pad_texts(ids, longest)))
-        prefix = gpt.layout.text_prefix(text)
+    for n_each, group in groupby(conditions, key=lambda item: item[1]):
+        prefix = gpt.reader(gpt.reader.collate([condition for condition, _ in group], gpt.device))
         logits_BV, cache = gpt.prefill(prefix)
         logits.append(logits_BV.repeat_interleave(n_each, dim=0))
         branches.append(Branches(cache, prefix.real_BL, n_each, gpt.layout.image_length - 1))
