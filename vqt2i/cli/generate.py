@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, in any language")
     parser.add_argument("--prompts", type=Path, metavar="FILE", dest="file", help="draw each line of a text file, or "
                         "the first column of a .tsv or of a table whose first column is called Prompt")  # fmt: skip
+    parser.add_argument("--image", type=Path, action="append", default=[], dest="images", metavar="FILE",
+                        help="draw variations of a picture, by a model that reads embeddings (configs/gpt/clip_gen*); "
+                             "may be repeated")  # fmt: skip
     parser.add_argument("--rerank", type=int, metavar="K", help="draw K candidates per prompt and score them")
     parser.add_argument("--n", type=int, metavar="N", help="pictures kept per prompt (default: 4, at most K)")
     parser.add_argument("--scorer", choices=("clip", "caption", "both"), help="what ranks the candidates "
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.errors import PromptError
     from vqt2i.generation.find import open_pipeline
     from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder
-    from vqt2i.generation.prompts import read_prompts
+    from vqt2i.generation.prompts import Picture, read_prompts
     from vqt2i.runtime import counter, say
     from vqt2i.text import clean_text
 
@@ -45,13 +48,16 @@ def run(args: argparse.Namespace) -> None:
     if args.rerank and n > args.rerank:
         raise PromptError(f"--n {n}: only {args.rerank} candidates are drawn; give --rerank {n} or more")
     prompts = read_prompts(args.file) if args.file else args.prompts
+    pictures = [Picture.read(path) for path in args.images]
     pipeline = open_pipeline(args.model, args.runs)
     sampling = sampling_from(args, pipeline.config.sampling)
-    prompts = [clean_text(prompt) for prompt in prompts or pipeline.config.example_prompts or [""]]
+    examples = () if pictures else pipeline.config.example_prompts or [""]
+    prompts = [*(clean_text(prompt) for prompt in prompts or examples), *pictures]
+    names = [prompt if isinstance(prompt, str) else prompt.name for prompt in prompts]
     scorer = (args.scorer or pipeline.default_scorer) if args.rerank else None
     settings = {**sampling.model_dump(), "rerank": args.rerank, "scorer": scorer, "seed": args.seed}
     out = args.out or next_folder(Path("outputs"))
-    outputs = OutputFolder(out, Request(prompts, n, settings, pipeline.fingerprints))
+    outputs = OutputFolder(out, Request(names, n, settings, pipeline.fingerprints))
     if args.preview:
         say(f"preview: {out / 'preview.png'}")
     if outputs.n_done:

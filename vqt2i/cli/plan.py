@@ -103,11 +103,11 @@ def _positive(number: type) -> Callable[[str], float]:
 
 def _sizes_on_disk(config: "GPTRunConfig", runs: Path) -> "TokenizerSizes":
     from vqt2i.generation.find import find_image_tokenizer
-    from vqt2i.text import TextTokenizer
+    from vqt2i.text import load_tokenizer
     from vqt2i.training.gpt import tokenizer_sizes
 
     _, vq = find_image_tokenizer(config.image_tokenizer, runs)
-    return tokenizer_sizes(TextTokenizer.load(config.text_tokenizer), vq)
+    return tokenizer_sizes(load_tokenizer(config.text_tokenizer), vq)
 
 
 def _print_table(estimates: "list[Estimate]") -> None:

@@ -26,7 +26,7 @@ def embed_texts(clip: CLIP, texts: Sequence[Sequence[int]]) -> Tensor:
     """Unit vectors (B, E) of texts, cut to the length that the scorer reads. Equal texts are read once."""
     rows = {text: row for row, text in enumerate(dict.fromkeys(map(tuple, texts)))}
     batch = pad_texts([list(text) for text in rows], clip.config.text_length)
-    device = clip.logit_scale.log.device
+    device = next(clip.parameters()).device
     return clip.encode_text(*(t.to(device) for t in batch))[[rows[tuple(text)] for text in texts]]
 
 
@@ -34,8 +34,8 @@ class ModalityGap(NamedTuple):
     """What separates embeddings of images from those of texts (Liang et al. 2022, arXiv 2203.02053, section 4.2).
 
     shift_E: from the mean of texts to that of images. distance: its length. cosine: of an image and its own text, on
-    average. cosine_of_others: of an image and the texts of others. shifted_cosine: of an image and its own text moved by
-    the shift, which is what closes the gap.
+    average. cosine_of_others: of an image and the texts of others. shifted_cosine: of an image and its own text, once
+    texts are moved by the shift, which closes the gap.
     """
 
     shift_E: Tensor

@@ -205,7 +205,8 @@ def image_id_dtype(n_image_ids: int) -> type[np.integer]:
 def write_split(folder: Path, name: str, parts: Iterable[TokenPart], image_shape: tuple[int, int, int],
                 dtype: type[np.integer], embedding_width: int = 0) -> None:  # fmt: skip
     """Write the arrays of one split, holding one part at a time. `image_shape`: as in `StoreSpec`."""
-    kinds = {array: (np.int64, ()) for array in _ARRAYS} | {"image_ids": (dtype, image_shape), "text_ids": (np.int32, ())}
+    starts = (np.int64, ())
+    kinds = dict(zip(_ARRAYS, ((dtype, image_shape), (np.int32, ()), starts, starts), strict=True))
     if embedding_width:
         kinds[EMBEDDINGS] = (np.float32, (image_shape[0], embedding_width))
     arrays = [_GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in kinds.items()]

@@ -1,4 +1,7 @@
-"""`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
+"""`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out.
+
+B batch, E width of a scorer's embeddings
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,21 +11,23 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from vqt2i.checkpoint import load_model, require_same
-from vqt2i.clip import CLIP, CLIPConfig
+from vqt2i.clip import CLIP
+from vqt2i.clip.huggingface import load_scorer
 from vqt2i.config import Config, load_config
 from vqt2i.data.images import png_bytes, to_uint8
 from vqt2i.errors import CheckpointError, PromptError
 from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.prompts import Picture
+from vqt2i.generation.reading import Prompt, PromptReader, reads_embeddings
 from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.runtime import pick_device
-from vqt2i.text import TextTokenizer, clean_text
+from vqt2i.text import TextTokenizer, clean_text, load_tokenizer
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 PARTS = ("text", "vq", "gpt", "clip")
@@ -107,20 +112,21 @@ class TextToImage:
     @classmethod
     def from_parts(cls, folders: dict[str, Path | None], config: PipelineConfig, device: str = "auto") -> "TextToImage":
         """Load parts from a folder each (None for no `clip`) and check that they belong together."""
-        text = TextTokenizer.load(folders["text"])
+        text = load_tokenizer(folders["text"])
         vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
         gpt = load_model(folders["gpt"], GPTConfig, GPT)
         hint = "use the parts it was trained with"
         trained = gpt.config
-        require_same(
-            "text tokenizer", folders["gpt"], found=text.fingerprint, expected=trained.text_tokenizer, hint=hint
-        )
+        if trained.text_tokenizer is not None:
+            require_same(
+                "text tokenizer", folders["gpt"], found=text.fingerprint, expected=trained.text_tokenizer, hint=hint
+            )
         require_same(
             "image tokenizer", folders["gpt"], found=vq.fingerprint, expected=trained.image_tokenizer, hint=hint
         )
         clip = None
         if folders["clip"] is not None:
-            clip = load_model(folders["clip"], CLIPConfig, CLIP)
+            clip = load_scorer(folders["clip"])
             require_same(
                 "text tokenizer",
                 folders["clip"],
@@ -128,6 +134,12 @@ class TextToImage:
                 expected=clip.config.text_tokenizer,
                 hint=hint,
             )
+        if reads_embeddings(gpt):
+            encoder = trained.condition.encoder
+            if clip is None:
+                raise CheckpointError(f"{folders['gpt']}: reads embeddings of the scorer {encoder[:8]}, found none; "
+                                      "put that one beside it")  # fmt: skip
+            require_same("scorer", folders["gpt"], found=clip.fingerprint, expected=encoder, hint=hint)
         place = pick_device(device)
         return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config)
 
@@ -140,11 +152,13 @@ class TextToImage:
     @property
     def default_scorer(self) -> Scorer:
         """What ranks candidates where nothing else is said."""
+        if not self.gpt.layout.reads_text:
+            return "clip"
         return "both" if self.clip else "caption"
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         *,
         n: int = 1,
         rerank: int | None = None,
@@ -159,16 +173,19 @@ class TextToImage:
         Equal arguments give equal pictures.
 
         Args:
-            prompts: what to draw, in any language; a single string is one prompt.
+            prompts: what to draw, in any language; a single string is one prompt. A picture where the GPT reads
+                embeddings: variations of it. The number of a class where it reads labels, "" where it reads nothing.
             rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
-            scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption".
+            scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption"; "clip" where the GPT
+                reads no text.
             sampling: guidance, temperature and so on; None is the pipeline's own.
             on_token: called after each decoding step with the number of images that got a token.
             on_preview: called after each decoding step with a `Preview`; it costs something where its images are asked
                 for, which need not be at every step.
 
         Raises:
-            PromptError: numbers out of range, or a scorer that the pipeline does not have.
+            PromptError: numbers out of range, a scorer that the pipeline does not have, or a prompt of a kind that its
+                GPT does not read.
         """
         if n < 1:
             raise PromptError(f"number of pictures: found {n}, expected 1 or more")
@@ -180,13 +197,13 @@ class TextToImage:
         )  # fmt: skip
         return [sample for group in groups for sample in group[:n]]
 
-    def candidates(self, prompts: str | Sequence[str], count: int, **options: Any) -> list[list[Sample]]:
+    def candidates(self, prompts: Prompt | Sequence[Prompt], count: int, **options: Any) -> list[list[Sample]]:
         """What `stream` yields, as a list."""
         return list(self.stream(prompts, count, **options))
 
     def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         count: int,
         *,
         first: int = 0,
@@ -206,17 +223,22 @@ class TextToImage:
             first: index of the prompt to begin with.
 
         Raises:
-            PromptError: at the call, before anything is drawn: numbers out of range, or a scorer that is not there.
+            PromptError: at the call, before anything is drawn, for what `generate` raises it.
         """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
         scorer = scorer or self.default_scorer
         if scorer not in get_args(Scorer):
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
+        if scored and scorer != "clip" and not self.gpt.layout.reads_text:
+            raise PromptError(f"scorer {scorer!r}: this GPT reads no text; use the scorer 'clip'")
         if scored and scorer != "caption" and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
-        prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        prompts = [prompts] if isinstance(prompts, str | Picture) else prompts
+        prompts = [clean_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        for prompt in prompts:
+            self._reader.require_readable(prompt)
         at_once = max(1, ROWS_AT_ONCE // count)
         # the parts lie alike whatever the first is: in another batch a score may differ in its last bit
         starts = range(first - first % at_once, len(prompts), at_once) if first < len(prompts) else ()
@@ -227,9 +249,13 @@ class TextToImage:
         )  # fmt: skip
         return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
 
+    @property
+    def _reader(self) -> PromptReader:
+        return PromptReader(self.text, self.gpt, self.clip, self.vq.config.image_size_px)
+
     def _draw(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         indices: Sequence[int],
         *,
         count: int,
@@ -240,8 +266,10 @@ class TextToImage:
         on_preview: Callable[[Preview], None] | None,
     ) -> list[list[Sample]]:
         """The candidates of the prompts of these indices, all drawn together."""
-        texts = {p: tuple(self.text.encode(prompts[p])) for p in indices}
-        jobs = [Job(text, p, i) for p, text in texts.items() for i in range(count)]
+        reader, asked = self._reader, [prompts[p] for p in indices]
+        asked_BE = reader.embed(asked) if reads_embeddings(self.gpt) or scorer in ("clip", "both") else None
+        conditions = zip(indices, reader.conditions(asked, asked_BE), strict=True)
+        jobs = [Job(condition, p, i) for p, condition in conditions for i in range(count)]
 
         def on_partial(part: Sequence[Job], ids_BI: Callable[[], Tensor]) -> None:
             on_preview(Preview(part, lambda: self._decode_part(ids_BI())))
@@ -250,9 +278,10 @@ class TextToImage:
             self.gpt, jobs, sampling, seed, on_token=on_token, on_partial=on_partial if on_preview else None
         )
         image_B3HW = self._decode(ids_BHW)
-        scores = self._score(scorer, image_B3HW, ids_BHW, [job.text_ids for job in jobs]) if scorer else {}
+        if asked_BE is not None:
+            asked_BE = asked_BE.repeat_interleave(count, dim=0)
+        scores = self._score(scorer, image_B3HW, ids_BHW, jobs, asked_BE) if scorer else {}
         pictures = to_uint8(image_B3HW)
-        limit = self.gpt.layout.config.text_length
         groups = []
         for start in range(0, len(jobs), count):
             rows = slice(start, start + count)
@@ -260,10 +289,12 @@ class TextToImage:
             if len(ranking) > 1:
                 ranking["both"] = combine(ranking)
             # copies: a view would keep the pictures of the whole part for as long as one of them is kept
+            prompt = asked[start // count]
+            name, n_truncated = prompt if isinstance(prompt, str) else prompt.name, reader.n_unread(prompt)
             group = [
                 Sample(
-                    prompts[job.prompt_index], job.prompt_index, job.image_index, seed, pictures[row].copy(),
-                    ids_BHW[row].numpy().copy(), max(0, len(job.text_ids) - limit),
+                    name, job.prompt_index, job.image_index, seed, pictures[row].copy(), ids_BHW[row].numpy().copy(),
+                    n_truncated,
                     {name: float(values[job.image_index]) for name, values in ranking.items()},
                 )
                 for row, job in enumerate(jobs[rows], start)
@@ -294,16 +325,15 @@ class TextToImage:
         scorer: Scorer,
         image_B3HW: Tensor,
         ids_BHW: Tensor,
-        texts: list[tuple[int, ...]],
+        jobs: Sequence[Job],
+        asked_BE: Tensor | None,
     ) -> dict[str, Tensor]:
         scores: dict[str, list[Tensor]] = {}
-        for start in range(0, len(texts), ROWS_AT_ONCE):
+        for start in range(0, len(jobs), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             if scorer in ("clip", "both"):
-                size, image = self.clip.config.image_size_px, image_B3HW[rows]
-                if image.shape[-1] != size:
-                    image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-                scores.setdefault("clip", []).append(clip_scores(self.clip, image, texts[rows]))
+                scores.setdefault("clip", []).append(clip_scores(self.clip, image_B3HW[rows], asked_BE[rows]))
             if scorer in ("caption", "both"):
-                scores.setdefault("caption", []).append(caption_scores(self.gpt, ids_BHW[rows], texts[rows]))
+                texts = [job.condition for job in jobs[rows]]
+                scores.setdefault("caption", []).append(caption_scores(self.gpt, ids_BHW[rows], texts))
         return {name: torch.cat(parts) for name, parts in scores.items()}

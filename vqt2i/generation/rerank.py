@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vqt2i.clip import CLIP
+from vqt2i.clip import CLIP, embed_images
 from vqt2i.gpt import GPT, caption_log_probability
 from vqt2i.text import pad_texts
 
@@ -17,14 +17,9 @@ Scorer = Literal["clip", "caption", "both"]
 
 
 @torch.inference_mode()
-def clip_scores(clip: CLIP, image_B3HW: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Cosine of each image (in [-1, 1], of the scorer's size) with its text, (B,). Equal texts are read once."""
-    rows = {t: row for row, t in enumerate(dict.fromkeys(map(tuple, texts)))}
-    text = pad_texts([list(t) for t in rows], clip.config.text_length)
-    device = clip.no_text.device
-    image_BE = clip.encode_image(image_B3HW.to(device))
-    text_BE = clip.encode_text(*(t.to(device) for t in text))[[rows[tuple(t)] for t in texts]]
-    return (image_BE * text_BE).sum(-1).cpu()
+def clip_scores(clip: CLIP, image_B3HW: Tensor, asked_BE: Tensor) -> Tensor:
+    """Cosine of each image (in [-1, 1]) with the embedding of what was asked for, (B,)."""
+    return (embed_images(clip, image_B3HW.to(asked_BE.device)) * asked_BE).sum(-1).cpu()
 
 
 @torch.inference_mode()

@@ -81,9 +81,8 @@ class VectorReader(nn.Module):
     def values(self, batch: VectorBatch) -> list[Vectors]:
         """As `TextReader.values`."""
         rows = zip(batch.vectors_BNC.float().cpu(), batch.real_BN.cpu(), batch.null_B.tolist(), strict=True)
-        return [
-            Vectors(int(real_N.sum()), b"" if null else row_NC[real_N].numpy().tobytes()) for row_NC, real_N, null in rows
-        ]
+        read = [(row_NC[real_N], null) for row_NC, real_N, null in rows]
+        return [Vectors(len(row_NC), b"" if null else row_NC.numpy().tobytes()) for row_NC, null in read]
 
     def null(self, condition: Vectors) -> Vectors:
         """As `TextReader.null`; as many as the condition has."""

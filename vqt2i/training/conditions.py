@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from vqt2i.checkpoint import require_same
-from vqt2i.clip import CLIP, embed_images, embed_texts, modality_gap, perturbed, shifted_texts
+from vqt2i.clip import CLIP, embed_images, modality_gap, perturbed, shifted_texts
 from vqt2i.config import Config
 from vqt2i.data.sampling import Visits
 from vqt2i.errors import ConfigError
@@ -33,8 +33,8 @@ from vqt2i.training.batches import Batch, ImageSamples
 
 
 class EmbeddingCondition(Config):
-    """The image's own embedding by a frozen scorer; a text's takes its place in sampling, so that no captions are needed
-    (CLIP-GEN: Wang et al. 2022, arXiv 2203.00386).
+    """The image's own embedding by a frozen scorer; in sampling a text's takes its place, so that training needs no
+    captions (CLIP-GEN: Wang et al. 2022, arXiv 2203.00386).
 
     scorer: a model folder; null is the newest trained one in the runs folder, else the shipped one. width: of its
         embeddings, for one that is yet to be trained; null is whatever it has.
@@ -141,7 +141,7 @@ def measure_shift(scorer: CLIP, samples: ImageSamples, n_pairs: int, at_once: in
         raise ConfigError(f"condition.n_shift_pairs {n_pairs}: {len(image_BE)} of these training pairs have a caption; "
                           "set it to 0, or train on pairs with captions")  # fmt: skip
     gap = modality_gap(image_BE, text_BE)
-    say(f"{len(image_BE):,} pairs: means of images and texts are {gap.distance:.3f} apart, an image and its text have a "
-        f"cosine of {gap.cosine:.3f}, {gap.shifted_cosine:.3f} once texts are moved, {gap.cosine_of_others:.3f} with "
-        "texts of others")  # fmt: skip
+    say(f"{len(image_BE):,} pairs: the means of images and texts are {gap.distance:.3f} apart; the cosine of an image "
+        f"with its text is {gap.cosine:.3f}, once texts are moved {gap.shifted_cosine:.3f}, with other texts "
+        f"{gap.cosine_of_others:.3f}")  # fmt: skip
     return gap.shift_E

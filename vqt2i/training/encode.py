@@ -75,10 +75,10 @@ def encode_dataset(
     """Write a token store, or bring the one in `out` up to date; it appears whole or not at all.
 
     Images are fitted to the tokenizer's size. `n_workers` processes read and crop them (0: this one), this process
-    encodes, `batch_size` images at a time; with a scorer, their embeddings too. A shard that the store in `out` holds already is copied (same SHA-256 in
-    `data.json`, same tokenizers, variants and languages), so a grown data set costs what is new; splits of it that were
-    not asked for stay. What is done is kept shard by shard beside `out`, and a call after a kill goes on there, to the
-    same bytes.
+    encodes, `batch_size` images at a time; with a scorer, it embeds them too. A shard that the store in `out` holds
+    already is copied (same SHA-256 in `data.json`, same tokenizers, scorer, variants and languages), so a grown data
+    set costs what is new; splits of it that were not asked for stay. What is done is kept shard by shard beside `out`,
+    and a call after a kill goes on there, to the same bytes.
 
     Raises:
         DataError: a split that the data set does not have; a store in `out` that shares no shard with the data set or

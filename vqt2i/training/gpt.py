@@ -21,7 +21,7 @@ from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, Positions, Text
 from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
-from vqt2i.text import TextTokenizer
+from vqt2i.text import TextTokenizer, load_tokenizer
 from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.conditions import (
@@ -264,7 +264,7 @@ def train_gpt(
 ) -> Path:
     """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)
-    tokenizer = TextTokenizer.load(config.text_tokenizer)
+    tokenizer = load_tokenizer(config.text_tokenizer)
     if config.bpe_dropout and not tokenizer.is_bpe:
         raise ConfigError(f"bpe_dropout {config.bpe_dropout}: {config.text_tokenizer} is a unigram model, which merges "
                           "nothing; train one by tools/train_tokenizer.py --model-type bpe")  # fmt: skip
