@@ -1,4 +1,4 @@
-"""Draw pictures from prompts, rerank them, keep the best.
+"""Draw pictures from prompts, or variations of pictures, rerank them, keep the best.
 
 Without a prompt, a few examples of what the model was trained on. Pictures, labelled grids and scores.jsonl go into a
 folder, which is printed last, as they come. Stopped, the same command with `--out` that folder goes on.
