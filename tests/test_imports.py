@@ -17,7 +17,7 @@ ROWS = (
     {"errors"},
     {"files"},
     {"config", "runtime"},
-    {"nn", "checkpoint"},
+    {"nn", "checkpoint", "processes"},
     {"text", "data"},
     {"vq", "gpt", "clip"},
     {"generation", "peers"},

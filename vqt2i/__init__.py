@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vqt2i.generation import Picture, Sample, SamplingConfig, TextToImage
+    from vqt2i.generation import Mix, Picture, Sample, SamplingConfig, TextToImage
 
 __version__ = "0.1.0"
-__all__ = ["Picture", "Sample", "SamplingConfig", "TextToImage", "__version__"]
+__all__ = ["Mix", "Picture", "Sample", "SamplingConfig", "TextToImage", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

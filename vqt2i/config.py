@@ -179,5 +179,7 @@ def _known_keys(cls: type[Config], path: tuple) -> list[str]:
     for part in path:
         fields = [owner.model_fields[part] for owner in classes if part in owner.model_fields]
         found = [c for field in fields for c in _config_classes(field.annotation)]
-        classes = found or classes  # a union's tag names no field: stay where we are
+        # a union's tag names no field but the variant
+        tagged = [c for c in classes if "kind" in c.model_fields and c.model_fields["kind"].default == part]
+        classes = found or tagged or classes
     return [key for owner in classes for key in owner.model_fields]

@@ -21,5 +21,9 @@ class CheckpointError(UserError):
     """A model folder or checkpoint that is missing, damaged or does not belong with the others."""
 
 
+class ResourceError(UserError):
+    """Memory or devices that a job needs and this machine does not have free."""
+
+
 class PromptError(UserError):
     """A prompt or sampling setting that cannot be used."""

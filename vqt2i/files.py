@@ -32,6 +32,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again at any time: `vqt2i` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqt2i"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -2,13 +2,16 @@
 
 import ctypes
 import hashlib
+import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
@@ -86,7 +89,8 @@ def counter(label: str, total: int | None, *, unit: str) -> Iterator[Callable[[f
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()]
     start, done = time.monotonic(), 0.0
     told = start
-    with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as bar:
+    shown = _console.is_terminal and is_first_process()
+    with Progress(*columns, console=_console, transient=True, disable=not shown) as bar:
         task = bar.add_task(label, total=total)
 
         def advance(count: float) -> None:
@@ -134,6 +138,12 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, never)
 
 
+def find_cpp_compiler() -> str | None:
+    """The C++ compiler, which torch.compile needs on CPUs: that of the variable CXX, else one that is installed."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 def pick_device(name: str = "auto") -> "torch.device":
     """The device called `name`, or for "auto" CUDA where there is one, else Apple's GPU, else the CPU."""
     import torch
@@ -143,6 +153,14 @@ def pick_device(name: str = "auto") -> "torch.device":
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait until the device has done what it was told; a CPU has."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def pick_precision(name: Precision | Literal["auto"], device_type: str) -> Precision:
@@ -160,7 +178,7 @@ def pick_precision(name: Precision | Literal["auto"], device_type: str) -> Preci
 def fastest_precision(device_type: str) -> Precision:
     """fp32 or bf16, whichever multiplies matrices faster here.
 
-    CUDA: bf16 where the card has it natively. CPU: measured once (about 0.3 s), because only recent server CPUs
+    CUDA: bf16 where the card has it natively. CPU: measured once (about 0.5 s), because only recent server CPUs
     (AVX512-BF16, AMX) gain and others lose.
     """
     import torch
@@ -174,57 +192,137 @@ def fastest_precision(device_type: str) -> Precision:
     return "bf16" if rates["bf16"] > 1.2 * rates["fp32"] else "fp32"
 
 
-@cache
-def matmul_rate(device_type: str, precision: Precision, shape: tuple[int, int, int] = (2048, 2048, 2048)) -> float:
-    """FLOP/s of matrix products (M, K) x (K, N) of that shape on this machine, measured once (about 0.2 s).
+def matmul_rate(device_type: str, precision: Precision, shape: tuple[int, int, int] = (1024, 1024, 1024)) -> float:
+    """FLOP/s of matrix products (M, K) x (K, N) of that shape on this machine, measured at each call; see `best_rate`.
 
     What MFU is a share of: the rate that this machine reaches, not the one on its data sheet.
     """
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    m, k, n = shape if device_type == "cpu" else tuple(4 * size for size in shape)
+    m, k, n = shape if device_type == "cpu" else tuple(8 * size for size in shape)
     generator = torch.Generator(device_type).manual_seed(0)  # the global stream stays where it is
     x, w = (torch.randn(size, device=device_type, generator=generator).to(dtype) for size in ((m, k), (n, k)))
     y = x @ w.T  # written again and again: fresh memory for each product would take longer than the product
-
-    def finish() -> None:
-        if device_type != "cpu":
-            torch.accelerator.synchronize()
-
-    best = float("inf")
-    for _ in range(3):
-        finish()
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < 0.04:  # some virtual machines' clocks tick every few milliseconds only
-            torch.mm(x, w.T, out=y)
-            finish()
-            count += 1
-        best = min(best, (time.perf_counter() - start) / count)
-    return 2 * m * k * n / best
+    return best_rate(lambda: torch.mm(x, w.T, out=y), 2 * m * k * n, device_type)
 
 
-@cache
 def memory_bandwidth(device_type: str, n_bytes: int = 2**29) -> float:
-    """Bytes a second at which this machine reads memory: the best of four sums of a tensor of `n_bytes`."""
+    """Bytes a second at which this machine reads memory, measured at each call: `best_rate` of passes over
+    parts of a tensor.
+
+    The parts are read in turns, so that each has left the processor's caches when its turn comes.
+    """
     import torch
 
-    x = torch.ones(n_bytes // 4, device=device_type)
-    best = float("inf")
-    for _ in range(4):
+    n_parts = 16 if device_type == "cpu" else 1  # of milliseconds each; a GPU reads all of it in less
+    parts = itertools.cycle(torch.ones(n_bytes // 4, device=device_type).chunk(n_parts))
+    return best_rate(lambda: next(parts).amax(), n_bytes // n_parts, device_type)
+
+
+def best_rate(action: Callable[[], Any], amount: float, device_type: str, seconds: float = 0.2) -> float:
+    """`amount` a second by the fastest of the many short spells in which `action` is called again and again.
+
+    The fastest, for what else runs on the machine can only slow it down; short, for a spell of a few milliseconds often
+    passes undisturbed on a busy machine, one of a few hundred never. Memory read at 33 GB/s was measured as 15 to 26
+    in spells of 20 ms beside other work, and as 33 in those of 2 ms.
+    """
+    import torch
+
+    def spell() -> float:
         start = time.perf_counter()
-        x.sum().item()
-        best = min(best, time.perf_counter() - start)
-    return n_bytes / best
+        count = 0
+        while count == 0 or time.perf_counter() - start < 0.002:
+            action()
+            count += 1
+        if device_type != "cpu":
+            torch.accelerator.synchronize()
+        return (time.perf_counter() - start) / count
+
+    spell()  # memory is touched, kernels are made
+    end, best = time.perf_counter() + seconds, spell()
+    while time.perf_counter() < end:
+        best = min(best, spell())
+    return amount / best
 
 
 def peak_memory(device: "torch.device") -> int:
     """The most bytes that this process has held at once: on a CUDA device as allocated by PyTorch, else of the host."""
     import resource  # not on Windows
 
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # getrusage begins at what the process held that started this one
+        with open("/proc/self/status", encoding="ascii") as status:
+            return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that this process can still take: of the device, or of the host within its control groups' limits.
+
+    What PyTorch keeps of a CUDA device for its own next tensors counts as free.
+    """
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: what is in use cannot be told
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min([available, *control_group_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def control_group_rooms(membership: Path, root: Path) -> Iterator[int]:
+    """Bytes left under each memory limit that this process is under, of control groups version 1 and 2.
+
+    membership: the file that names its groups, `/proc/self/cgroup`. root: where the groups are.
+    """
+    for line in membership.read_text().splitlines() if membership.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        names = {"": ("", "memory.max", "memory.current", "inactive_file "),
+                 "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")}
+        if controllers not in names:
+            continue
+        top, limit, used, cached = names[controllers]
+        group = (root / top / path.lstrip("/")).resolve()
+        # in a container the path is that of the host, and its own group is the root
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root / top) and (folder / limit).is_file():
+                most = (folder / limit).read_text().strip()
+                if most != "max":
+                    statistics = (folder / "memory.stat").read_text().splitlines()
+                    files = sum(int(row.removeprefix(cached)) for row in statistics if row.startswith(cached))
+                    yield max(0, int(most) - int((folder / used).read_text()) + files)
+
+
+def measured_peak(device: "torch.device", work: Callable[[], T]) -> tuple[T, int | None]:
+    """What `work` gives, and the bytes by which memory in use rose meanwhile, at the most; None where none can tell.
+
+    On a CUDA device what PyTorch has allocated, on the host what of this process is in memory.
+    """
+    import torch
+
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return work(), torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the highest is counted anew
+        before = _resident("VmRSS")
+    except OSError:
+        return work(), None
+    return work(), _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -1,5 +1,10 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vqt2i
 from vqt2i.checkpoint import save_model
 from vqt2i.cli import main
 from vqt2i.generation.output import OutputFolder
@@ -47,12 +53,15 @@ def test_equal_commands_draw_equal_pictures_and_other_seeds_others(draw) -> None
 
 def test_every_setting_reaches_the_pictures_metadata(draw) -> None:
     options = ["--guidance", 3, "--temperature", 0.9, "--top-k", 5, "--top-p", 0.8, "--seed", 7, "--rerank", 2]
-    options += ["--guidance-interval", 0.25, 1]
+    options += ["--guidance-interval", 0.25, 1, "--guidance-schedule", "linear", "--temperature-end", 0.5]
+    options += ["--min-p", 0.1, "--jacobi-window", 4, "--negative", "a green square", "--mix", "蓝色正方形", 0.3]
     assert draw("x", *options, "--scorer", "caption", "--out", "o") == 0
     facts = json.loads(Image.open("o/000-00.png").text["vqt2i"])
     assert facts["settings"] == {
         "guidance": 3.0, "temperature": 0.9, "top_k": 5, "top_p": 0.8, "seed": 7, "rerank": 2, "scorer": "caption",
-        "guidance_interval": [0.25, 1.0],
+        "precision": "fp32",
+        "guidance_interval": [0.25, 1.0], "guidance_schedule": "linear", "temperature_end": 0.5, "min_p": 0.1,
+        "jacobi_window": 4, "negative": "a green square", "mix": ["蓝色正方形", 0.3],
     }  # fmt: skip
     assert set(facts["scores"]) == {"caption"}
 
@@ -100,6 +109,15 @@ def test_hostile_prompts_are_drawn(draw, prompt: str, capsys: pytest.CaptureFixt
         (["--guidance", "nan"], "guidance"),
         (["--guidance", "-1"], "guidance"),
         (["--guidance-interval", "0.5", "0.2"], "guidance_interval: found 0.5 to 0.2"),
+        (["--guidance-schedule", "quadratic"], "--guidance-schedule: invalid choice: 'quadratic'"),
+        (["--temperature-end", 0], "temperature_end"),
+        (["--min-p", 1.5], "min_p: Input should be less than or equal to 1"),
+        (["--jacobi-window", 0], "jacobi_window"),
+        (["--mix", "y", "half"], "--mix: found a share of 'half'"),
+        (["--mix", "y", 1], "share of 'y': found 1"),
+        (["--mix", "red " * 20, 0.5], "the model reads 12"),
+        (["--negative", "red " * 20], "the model reads 12"),
+        (["--negative", "y", "--guidance", 1], "negative prompt 'y': guidance 1 from 0 to 1"),
         (["--guidance", "much"], "--guidance: invalid float value: 'much'"),
         (["--scorer", "beauty", "--rerank", 2], "--scorer: invalid choice: 'beauty'"),
         (["--scorer", "clip"], "--scorer clip: nothing is ranked without --rerank"),
@@ -123,6 +141,16 @@ def test_a_model_that_is_not_there_or_is_none_is_told(fails, in_empty_folder: Pa
 def test_an_out_that_is_a_file_is_told_before_drawing(fails, in_empty_folder: Path, model_folders: Path) -> None:
     (in_empty_folder / "file").touch()
     assert "--out file" in fails("generate", "x", "--model", model_folders, "--out", "file")
+
+
+def test_passes_saved_are_told_and_written(draw, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw("x", "--n", 2, "--out", "plain") == 0
+    assert "passes of the GPT" not in capsys.readouterr().err
+    assert [c["n_passes"] for c in scores_of("plain")[0]["candidates"]] == [16, 16]
+    assert draw("x", "--n", 2, "--jacobi-window", 8, "--top-k", 1, "--out", "o") == 0
+    n_passes = [c["n_passes"] for c in scores_of("o")[0]["candidates"]]
+    assert max(n_passes) <= 16
+    assert f"{sum(n_passes) / 2:.1f} passes of the GPT for the 16 tokens of an image" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -187,6 +215,8 @@ def test_a_finished_job_draws_nothing_more(draw, capsys: pytest.CaptureFixture[s
         (["x", "y", "w"], "other prompts (2, now 3; number 3 is none, now 'w')"),
         (["x", "y", "--seed", 1], "seed 0, now 1"),
         (["x", "y", "--n", 2], "n 1, now 2"),
+        (["x", "y", "--negative", "z", "--mix", "z", 0.5], "negative None, now z; mix None, now ['z', 0.5]"),
+        (["x", "y", "--min-p", 0.5, "--jacobi-window", 8], "min_p None, now 0.5; jacobi_window None, now 8"),
         (["x", "y", "--temperature", 0.5, "--rerank", 2], "temperature 1.0, now 0.5; rerank None, now 2"),
     ],
 )
@@ -254,3 +284,90 @@ def test_a_preview_is_there_while_it_draws(
     assert seen == [True] and "preview: o/preview.png" in capsys.readouterr().err
     assert draw("x", "--n", 1, "--out", "plain") == 0
     assert contents_of("o") == contents_of("plain")
+
+
+@pytest.fixture
+def start(model_folders: Path, in_empty_folder: Path):
+    """start(*arguments): `generate` as a process of its own, in the folder of `draw`."""
+    started = []
+
+    def run(*arguments: object) -> subprocess.Popen:
+        command = [Path(vqt2i.__file__).parents[1] / "tools" / "generate.py", "--model", model_folders, *arguments]
+        started.append(subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ))  # fmt: skip
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_two_processes_write_the_folder_of_one(draw, start, forty: Path) -> None:
+    assert draw("--prompts", forty, *LONG, "--out", "one") == 0
+    process = start("--prompts", forty, *LONG, "--devices", 2, "--out", "two")
+    out, told = process.communicate(timeout=600)
+    assert process.returncode == 0, told
+    assert out == "80 pictures in two, all of them in two/grid-000.png to grid-001.png\n"
+    assert "drawing: 200 images in" in told and told.count("drawing:") == told.count("pipeline:") == 1
+    assert contents_of("one") == contents_of("two")
+
+
+def processes_of(process: subprocess.Popen, n: int) -> list[int]:
+    """The ids of its n processes, in order, once each of them has begun to leave something in the folder o."""
+    end = time.monotonic() + 300
+    while not (Path("o/finished").is_dir() and Path("o/scores.jsonl").is_file()):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == n
+    return [int(child) for child in children]
+
+
+def test_a_killed_process_and_an_interrupt_end_all_and_any_number_of_processes_goes_on(
+    draw, start, in_empty_folder: Path
+) -> None:
+    prompts = in_empty_folder / "prompts.txt"
+    prompts.write_text("".join(f"a red square {i}\n" for i in range(60)), encoding="utf-8")
+    job = ["--prompts", prompts, "--rerank", 32, "--n", 1, "--scorer", "caption"]
+
+    killed = start(*job, "--devices", 2, "--out", "o")
+    ranks = processes_of(killed, 2)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, told = killed.communicate(timeout=60)
+    assert killed.returncode == 1 and "process 1 of 2 was killed by SIGKILL" in told and "Traceback" not in told
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+    drawn = len(list(Path("o").glob("???-00.png")))
+    shutil.rmtree("o/finished")  # to see when the next has begun
+    interrupted = start(*job, "--devices", 2, "--out", "o")
+    processes_of(interrupted, 2)
+    interrupted.send_signal(signal.SIGINT)
+    _, told = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130, told
+    assert told.count("interrupted") == 1 and "Traceback" not in told
+    assert "of 60 prompts are in o; the same command with --out o goes on" in told
+    assert drawn <= len(list(Path("o").glob("???-00.png"))) < 60
+
+    assert draw(*job, "--out", "o") == 0 and draw(*job, "--out", "whole") == 0
+    assert contents_of("o") == contents_of("whole")
+
+
+def test_an_error_of_all_processes_is_told_once(start) -> None:
+    process = start("x", "--devices", 2, "--memory", 1e-6)
+    out, told = process.communicate(timeout=600)
+    assert process.returncode == 2 and told.count("error: ") == 1 and "an image needs" in told
+    assert "Traceback" not in told and out == "" and not list(Path("outputs").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--devices", 0], "--devices: found 0"), (["--memory", 0], "--memory: found 0.0, expected more than 0")],
+)
+def test_machines_that_make_no_sense_are_told_in_a_line(
+    fails, model_folders: Path, in_empty_folder: Path, options: list, told: str
+) -> None:
+    assert told in fails("generate", "x", "--model", model_folders, *options)
+    assert list(in_empty_folder.iterdir()) == []

@@ -123,7 +123,7 @@ def test_benchmark_data_prints_sequences_a_second(more: list[str], arguments, mo
 
 
 def test_benchmark_tells_what_is_wrong(fails, in_empty_folder: Path) -> None:
-    assert "--batch-size 0: expected 1 or more" in fails("benchmark", "data", "--batch-size", "0")
+    assert "--batch-size: found 0, expected 1 or more" in fails("benchmark", "data", "--batch-size", "0")
     assert "none/store.json" in fails("benchmark", "data", "--store", "none")
 
 

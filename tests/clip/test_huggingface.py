@@ -60,7 +60,7 @@ def test_published_outputs_come_out() -> None:
     expected, model = load_file(SHARED / "io.safetensors"), CLIPModel.from_pretrained(SHARED).eval()
     ids, n_B = expected["token_ids"], expected["attention_mask"].sum(1)
     marks = int(ids[0, 0]), int(ids[0, n_B[0] - 1])
-    scorer = HuggingFaceCLIP(model, HuggingFaceConfig(24, ids.shape[1] - 2, 20, ""), marks).eval()
+    scorer = HuggingFaceCLIP(model, HuggingFaceConfig.of(model, ""), marks).eval()
     torch.testing.assert_close(scorer.encode_text(ids[:, 1:-1], n_B - 2), expected["text_embeds"], atol=1e-5, rtol=0)
     image = to_tensor(expected["pixels_uint8"].movedim(1, -1))
     torch.testing.assert_close(scorer.encode_image(image), expected["image_embeds"], atol=1e-5, rtol=0)

@@ -1,19 +1,29 @@
+import math
+
 import pytest
 import torch
 
 from vqt2i.generation.decode import Job, decode_image_ids, uniforms
+from vqt2i.generation.rows import Mixed
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT
 from vqt2i.text import pad_texts
 
 TEXTS = [(1, 2, 3), (), (1, 2, 3), (9, 8)]
 JOBS = [Job(text, prompt, image) for prompt, text in enumerate(TEXTS) for image in range(3)]
+# beside plain ones some with another negative prompt, some mixed, some both
+BESIDE = [
+    job._replace(negative=(4, 5) if i % 2 else (), mixed=Mixed((7,), 0.3) if i % 3 == 1 else None)
+    for i, job in enumerate(JOBS)
+]
 SETTINGS = [
     SamplingConfig(guidance=1.0),
     SamplingConfig(guidance=3.0),
     SamplingConfig(guidance=2.0, temperature=0.7, top_k=4),
     SamplingConfig(guidance=0.0, top_p=0.8),
     SamplingConfig(guidance=3.0, guidance_interval=(0.3, 0.8)),
+    SamplingConfig(guidance=5.0, guidance_schedule="linear", guidance_interval=(0.3, 1.0), min_p=0.1),
+    SamplingConfig(guidance=5.0, guidance_schedule="cosine", temperature=2.0, temperature_end=0.2),
 ]
 
 
@@ -29,18 +39,26 @@ def drawn_naively(gpt: GPT, job: Job, sampling: SamplingConfig, seed: int) -> li
     numbers = uniforms(job, seed, gpt.layout.image_length)
     for index, number in enumerate(numbers):
         start, end = (round(share * len(numbers)) for share in sampling.guidance_interval)
-        scale, logits = sampling.guidance if start <= index < end else 1.0, []
-        for text in (job.condition, ()):
+        share = (index + 1 - start) / max(1, end - start)
+        ramp = {"constant": 1.0, "linear": share, "cosine": math.sin(math.pi / 2 * share) ** 2}
+        scale = 1 + ramp[sampling.guidance_schedule] * (sampling.guidance - 1) if start <= index < end else 1.0
+        last = sampling.temperature_end or sampling.temperature
+        temperature = sampling.temperature + (last - sampling.temperature) * index / (len(numbers) - 1)
+        logits = []
+        for text in (job.condition, job.mixed.condition if job.mixed else (), job.negative or ()):
             so_far = torch.tensor([ids], dtype=torch.long)
             hidden = gpt(gpt.layout.join(pad_texts([list(text)], config.text_length), so_far))
             logits.append(gpt.image_logits(hidden[:, -1])[0].double())
-        guided = (logits[1] + scale * (logits[0] - logits[1])) / sampling.temperature
+        own, other, null = logits
+        conditional = own + (job.mixed.share if job.mixed else 0) * (other - own)
+        guided = (null + scale * (conditional - null)) / temperature
         order = guided.argsort(descending=True).tolist()[: sampling.top_k]
         p = guided.softmax(0)
         if sampling.top_k:
             p = p / p[order].sum()
         if sampling.top_p:
             order = [i for at, i in enumerate(order) if p[order[:at]].sum() < sampling.top_p]
+        order = [i for i in order if p[i] >= (sampling.min_p or 0) * p.max()]
         weights = torch.tensor([float(p[i]) if i in order else 0.0 for i in range(len(p))], dtype=torch.float64)
         reached = (weights.cumsum(0) / weights.sum() > number).nonzero()
         ids.append(int(reached[0]))
@@ -51,21 +69,25 @@ def drawn_naively(gpt: GPT, job: Job, sampling: SamplingConfig, seed: int) -> li
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_decoding_equals_the_naive_loop_of_full_passes(make_gpt, sampling: SamplingConfig, positions: str) -> None:
     gpt = make_gpt(positions)
-    found = decode_image_ids(gpt, JOBS, sampling, seed=5)
-    assert found.shape == (len(JOBS), 3, 2) and found.dtype == torch.long
-    for row in (0, 4, 7, 11):
-        assert found[row].flatten().tolist() == drawn_naively(gpt, JOBS[row], sampling, 5)
+    for jobs, rows in ((JOBS, (0, 4, 7, 11)), (BESIDE, (1, 2, 4, 9))):
+        found = decode_image_ids(gpt, jobs, sampling, seed=5)
+        assert found.shape == (len(JOBS), 3, 2) and found.dtype == torch.long
+        for row in rows:
+            assert found[row].flatten().tolist() == drawn_naively(gpt, jobs[row], sampling, 5)
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-def test_an_image_depends_on_no_neighbour_no_order_and_no_batch(gpt: GPT, sampling: SamplingConfig) -> None:
-    expected = decode_image_ids(gpt, JOBS, sampling, seed=5)
+@pytest.mark.parametrize("sampling", [*SETTINGS, SamplingConfig(guidance=3.0, jacobi_window=3)], ids=str)
+@pytest.mark.parametrize("jobs", [JOBS, BESIDE], ids=["plain", "beside"])
+def test_an_image_depends_on_no_neighbour_no_order_and_no_batch(
+    gpt: GPT, sampling: SamplingConfig, jobs: list[Job]
+) -> None:
+    expected = decode_image_ids(gpt, jobs, sampling, seed=5)
     for rows in (1, 5, 64):
-        assert torch.equal(decode_image_ids(gpt, JOBS, sampling, seed=5, rows_at_once=rows), expected)
-    order = torch.randperm(len(JOBS), generator=torch.Generator().manual_seed(0))
-    shuffled = decode_image_ids(gpt, [JOBS[i] for i in order], sampling, seed=5)
+        assert torch.equal(decode_image_ids(gpt, jobs, sampling, seed=5, rows_at_once=rows), expected)
+    order = torch.randperm(len(jobs), generator=torch.Generator().manual_seed(0))
+    shuffled = decode_image_ids(gpt, [jobs[i] for i in order], sampling, seed=5)
     assert torch.equal(shuffled, expected[order])
-    assert torch.equal(decode_image_ids(gpt, JOBS[7:8], sampling, seed=5), expected[7:8])
+    assert torch.equal(decode_image_ids(gpt, jobs[7:8], sampling, seed=5), expected[7:8])
 
 
 def test_equal_seeds_give_equal_images_and_others_do_not(gpt: GPT) -> None:
@@ -131,6 +153,24 @@ def test_guidance_of_the_empty_prompt_changes_nothing(gpt: GPT) -> None:
     assert torch.equal(
         decode_image_ids(gpt, empty, SETTINGS[0], seed=5), decode_image_ids(gpt, empty, SETTINGS[1], seed=5)
     )
+
+
+def test_a_prompt_mixed_with_itself_or_led_away_from_itself_is_that_prompt_alone(gpt: GPT) -> None:
+    alone = decode_image_ids(gpt, JOBS, SETTINGS[0], seed=5)
+    itself = [job._replace(negative=job.condition, mixed=Mixed(job.condition, 0.5)) for job in JOBS]
+    assert torch.equal(decode_image_ids(gpt, itself, SETTINGS[1], seed=5), alone)
+
+
+def test_guidance_0_reads_the_negative_prompt_only(gpt: GPT) -> None:
+    negative = [Job((), job.prompt_index, job.image_index, job.condition) for job in JOBS]
+    found = decode_image_ids(gpt, negative, SamplingConfig(guidance=0.0), seed=5)
+    assert torch.equal(found, decode_image_ids(gpt, JOBS, SETTINGS[0], seed=5))
+
+
+def test_a_text_mixed_in_is_one_more_row_and_where_guidance_is_off_no_negative_prompt_is_computed(gpt: GPT) -> None:
+    jobs = [job._replace(negative=(4,), mixed=Mixed((7,), 0.5)) for job in JOBS]
+    steps = [(rows, 1) for rows in (36, 36, 24, 24, 24)]
+    assert computed(gpt, SamplingConfig(guidance=3.0, guidance_interval=(0, 0.5)), jobs)[-5:] == steps
 
 
 def test_greedy_images_depend_on_the_text_only(gpt: GPT) -> None:

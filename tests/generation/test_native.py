@@ -149,7 +149,7 @@ JOBS = [Job(text, prompt, image) for prompt, text in enumerate([(1, 2, 3), (), (
 
 @pytest.mark.parametrize("sampling", [
     SamplingConfig(guidance=1.0), SamplingConfig(guidance=3.0, top_k=5), SamplingConfig(guidance=2.0, top_k=1),
-    SamplingConfig(guidance=3.0, guidance_interval=(0.3, 0.8), top_p=0.9),
+    SamplingConfig(guidance=3.0, guidance_interval=(0.3, 0.8), top_p=0.9), SamplingConfig(jacobi_window=4),
 ], ids=str)  # fmt: skip
 def test_fp32_images_are_the_gpts(gpt: GPT, sampling: SamplingConfig) -> None:
     expected = decode_image_ids(gpt, JOBS, sampling, seed=5)
@@ -198,13 +198,14 @@ def test_a_native_clip_scores_as_the_clip_does(tiny_clip: CLIP, precision: str) 
 def test_code_for_any_cpu_gives_the_same_logits(gpt: GPT, monkeypatch, tmp_path: Path) -> None:
     found = {precision: stepped(NativeGPT(gpt, precision), ids(gpt), [1] * 11) for precision in PRECISIONS}
     monkeypatch.setattr(compiler, "FLAGS", tuple(flag for flag in compiler.FLAGS if flag != "-march=native"))
-    monkeypatch.setenv("VQT2I_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler.load_library.cache_clear()
     try:
         for precision in PRECISIONS:
             portable = stepped(NativeGPT(gpt, precision), ids(gpt), [1] * 11)
-            tolerance = {"rtol": 1e-4, "atol": 1e-4} if precision != "bf16" else {"rtol": 0.02, "atol": 0.02}
-            torch.testing.assert_close(portable, found[precision], **tolerance)
+            # sums that differ in their last bit may round inputs of the next product to the number beside
+            share = 1e-5 if precision == "fp32" else 0.01
+            assert (portable - found[precision]).std() < share * found[precision].std()
     finally:
         compiler.load_library.cache_clear()
 
@@ -213,9 +214,9 @@ def test_where_it_cannot_run_the_native_engine_is_refused(make_gpt, monkeypatch)
     with pytest.raises(ConfigError, match="the model is on meta, expected cpu"):
         NativeGPT(make_gpt().to("meta"), "fp32")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    compiler.find_compiler.cache_clear(), compiler.load_library.cache_clear()
+    compiler.load_library.cache_clear()
     try:
         with pytest.raises(ConfigError, match="no C\\+\\+ compiler found"):
             NativeGPT(make_gpt(), "fp32")
     finally:
-        compiler.find_compiler.cache_clear(), compiler.load_library.cache_clear()
+        compiler.load_library.cache_clear()

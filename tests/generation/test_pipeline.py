@@ -9,7 +9,7 @@ from PIL import Image
 
 from vqt2i.checkpoint import load_model, save_model
 from vqt2i.errors import CheckpointError, PromptError
-from vqt2i.generation import SamplingConfig, TextToImage
+from vqt2i.generation import Mix, SamplingConfig, TextToImage
 from vqt2i.generation.find import find_parts, write_pipeline
 from vqt2i.generation.pipeline import GREY
 from vqt2i.generation.rerank import combine
@@ -74,24 +74,27 @@ def test_the_score_both_is_combined_within_each_prompt(pipeline: TextToImage) ->
         assert [s.scores["both"] for s in group] == pytest.approx(combine(scores).tolist(), abs=1e-3)
 
 
-def test_drawing_may_begin_at_any_prompt_and_holds_a_bounded_number(
+def test_any_prompts_in_any_batches_give_the_same_pictures_and_scores_and_batches_are_full(
     pipeline: TextToImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, drawn = PROMPTS * 5, []
+    prompts = PROMPTS * 5
     whole = pipeline.candidates(prompts, 3)
-    monkeypatch.setattr("vqt2i.generation.pipeline.ROWS_AT_ONCE", 7)
-    for first in (0, 1, 4, 9, 10):
-        groups = pipeline.candidates(prompts, 3, first=first, on_token=drawn.append)
-        for a, b in zip(groups, whole[first:], strict=True):
-            assert [(s.prompt, s.prompt_index, s.image_index) for s in a] == [
-                (s.prompt, s.prompt_index, s.image_index) for s in b
-            ]
-            assert all(np.array_equal(s.image_ids_HW, t.image_ids_HW) for s, t in zip(a, b, strict=True))
-    assert max(drawn) == 6
+    for most in (1, 7, 64):
+        monkeypatch.setattr("vqt2i.generation.memory.ROWS_AT_ONCE", most)
+        for indices in ([], [9], [1, 4, 9], range(0, 10, 2), range(10)):
+            drawn = []
+            groups = pipeline.candidates(prompts, 3, indices=indices, on_token=drawn.append)
+            assert [group[0].prompt_index for group in groups] == list(indices)
+            for group in groups:
+                for a, b in zip(group, whole[group[0].prompt_index], strict=True):
+                    assert (a.prompt, a.image_index, a.scores) == (b.prompt, b.image_index, b.scores)
+                    assert np.array_equal(a.image_HW3, b.image_HW3)
+            full, rest = divmod(3 * len(indices), most)
+            assert drawn == [most] * 16 * full + [rest] * 16 * (rest > 0)
 
 
 def test_pictures_come_before_all_are_drawn(pipeline: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqt2i.generation.pipeline.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("vqt2i.generation.memory.ROWS_AT_ONCE", 2)
     tokens = []
     groups = pipeline.stream(PROMPTS * 3, 2, on_token=tokens.append)
     assert tokens == []
@@ -170,6 +173,33 @@ def test_hostile_prompts_are_drawn_scored_and_their_truncation_is_said(pipeline:
     assert samples[2].n_truncated > 9000
 
 
+def test_what_is_mixed_in_or_led_away_from_changes_the_pictures_and_the_scores_are_the_mean(
+    pipeline: TextToImage,
+) -> None:
+    green, scored = "a green square", {"rerank": 1, "sampling": SamplingConfig(guidance=4.0)}
+    plain, mixed, negative = (
+        pipeline.generate(PROMPTS[0], **scored, **options)[0]
+        for options in ({}, {"mix": Mix(green, 0.3)}, {"negative": green})
+    )
+    for sample in (mixed, negative):
+        assert not np.array_equal(sample.image_ids_HW, plain.image_ids_HW)
+    ids_1HW = torch.from_numpy(mixed.image_ids_HW)[None]
+    own, other = (
+        pipeline._score("both", pipeline._decode(ids_1HW, 1), ids_1HW, text)
+        for text in (PROMPTS[0], green)
+    )
+    for name in ("clip", "caption"):
+        assert mixed.scores[name] == pytest.approx(0.7 * own[name].item() + 0.3 * other[name].item(), abs=1e-5)
+    same = pipeline.generate(PROMPTS[0], **scored, negative="", mix=Mix(PROMPTS[0], 0.5))[0]
+    assert np.array_equal(same.image_ids_HW, plain.image_ids_HW)
+
+
+def test_each_sample_says_how_many_passes_it_took(pipeline: TextToImage) -> None:
+    assert [sample.n_passes for sample in pipeline.generate(PROMPTS, n=2)] == [16] * 4
+    in_turn = pipeline.generate(PROMPTS, n=2, sampling=SamplingConfig(top_k=1, jacobi_window=1))
+    assert [sample.n_passes for sample in in_turn] == [16] * 4
+
+
 def test_no_prompts_give_no_pictures(pipeline: TextToImage) -> None:
     assert pipeline.generate([], n=3, rerank=4) == []
 
@@ -183,6 +213,11 @@ def test_no_prompts_give_no_pictures(pipeline: TextToImage) -> None:
         ({"n": 3, "rerank": 2}, "only 2 candidates"),
         ({"n": -1, "rerank": 3}, "found -1"),
         ({"rerank": 2, "scorer": "beauty"}, "scorer: found 'beauty'"),
+        ({"mix": Mix("x", 1.0)}, "share of 'x': found 1"),
+        ({"mix": Mix("x", float("nan"))}, "share of 'x': found nan"),
+        ({"mix": Mix("red " * 20, 0.5)}, "mixed-in text .* the model reads 12"),
+        ({"negative": "red " * 20}, "negative prompt .* the model reads 12"),
+        ({"negative": "x", "sampling": SamplingConfig(guidance_interval=(0, 0))}, "acts on no token"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused_before_anything_is_drawn(

@@ -4,7 +4,7 @@ import torch
 
 from vqt2i.config import build_config
 from vqt2i.errors import ConfigError
-from vqt2i.generation.sampling import SamplingConfig, draw, guide, keep_likeliest, pick
+from vqt2i.generation.sampling import SamplingConfig, draw, filter_logits, guide, keep_likeliest, pick
 
 LOGITS = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
 NO = -torch.inf
@@ -90,24 +90,25 @@ def test_picks_have_the_distribution_of_the_logits() -> None:
 
 def test_temperature_comes_before_the_filters() -> None:
     uniforms = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    hot = SamplingConfig(temperature=4.0, top_p=0.5)
+    hot = SamplingConfig(top_p=0.5)
     sharpened = (LOGITS / 4).softmax(-1)[0]
     assert sharpened[0] < 0.5 < sharpened[:2].sum()
-    assert set(draw(LOGITS.expand(2000, 4), uniforms, hot).tolist()) == {0, 1}
+    assert set(draw(LOGITS.expand(2000, 4), uniforms, hot, 4.0).tolist()) == {0, 1}
     both = SamplingConfig(top_k=3, top_p=0.5)  # of the three kept the first has 4/9, so two reach a half
-    assert set(draw(LOGITS.expand(2000, 4), uniforms, both).tolist()) == {0, 1}
+    assert set(draw(LOGITS.expand(2000, 4), uniforms, both, 1.0).tolist()) == {0, 1}
 
 
 def test_top_k_1_is_greedy_whatever_the_number() -> None:
     logits = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
-    found = draw(logits, torch.rand(64), SamplingConfig(top_k=1, temperature=50))
+    found = draw(logits, torch.rand(64), SamplingConfig(top_k=1), 50.0)
     assert torch.equal(found, logits.argmax(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_drawn_from_in_full(dtype: torch.dtype) -> None:
     logits, uniforms = torch.randn(64, 9).to(dtype), torch.rand(64, dtype=torch.float64)
-    assert torch.equal(draw(logits, uniforms, SamplingConfig()), draw(logits.float(), uniforms, SamplingConfig()))
+    half, full = (draw(x, uniforms, SamplingConfig(), 1.0) for x in (logits, logits.float()))
+    assert torch.equal(half, full)
 
 
 def test_the_guided_tokens_are_those_of_the_interval() -> None:
@@ -119,10 +120,36 @@ def test_the_guided_tokens_are_those_of_the_interval() -> None:
     assert SamplingConfig().guided_tokens(8) == range(8)
 
 
+def test_guidance_comes_from_1_to_its_scale_over_its_interval() -> None:
+    def scales(schedule: str, *interval: float) -> list[float]:
+        return SamplingConfig(guidance=5, guidance_schedule=schedule, guidance_interval=interval).guidance_scales(8)
+
+    assert scales("constant", 0, 1) == [5] * 8
+    assert scales("constant", 0.25, 0.5) == [1, 1, 5, 5, 1, 1, 1, 1]
+    assert scales("linear", 0.25, 0.75) == [1, 1, 2, 3, 4, 5, 1, 1]
+    assert scales("cosine", 0.5, 1) == pytest.approx([1] * 4 + [3 - 2 * c for c in (0.5**0.5, 0, -(0.5**0.5), -1)])
+    assert SamplingConfig(guidance=0, guidance_schedule="linear").guidance_scales(4) == [0.75, 0.5, 0.25, 0]
+
+
+def test_temperature_goes_from_the_first_token_to_the_last_in_equal_steps() -> None:
+    assert SamplingConfig(temperature=0.5).temperatures(3) == [0.5] * 3
+    assert SamplingConfig(temperature=1.0, temperature_end=0.5).temperatures(3) == [1.0, 0.75, 0.5]
+    assert SamplingConfig(temperature=1.0, temperature_end=2.0).temperatures(1) == [1.0]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.01, 4), (0.26, 3), (0.49, 3), (0.51, 2), (0.76, 1), (1.0, 1)])
+def test_min_p_by_hand(share: float, expected: int) -> None:
+    assert kept(filter_logits(LOGITS, SamplingConfig(min_p=share), 1.0)) == [[*range(expected)]]
+    assert kept(filter_logits(LOGITS, SamplingConfig(min_p=share, top_k=2), 1.0)) == [[*range(min(2, expected))]]
+    # at temperature 2 the shares are the square roots of those at 1
+    assert kept(filter_logits(LOGITS, SamplingConfig(min_p=share**0.5), 2.0)) == [[*range(expected)]]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("guidance_interval", (0.5, 0.4)), ("guidance_interval", (0, 1.1)), ("guidance_interval", (0.5,)),
      ("guidance", -1), ("guidance", float("nan")), ("guidance", 101), ("temperature", 0), ("temperature", float("inf")),
+     ("temperature_end", 0), ("min_p", 0), ("min_p", 1.1), ("jacobi_window", 0), ("guidance_schedule", "quadratic"),
      ("top_k", 0), ("top_k", 1.5), ("top_p", 0), ("top_p", 1.1), ("top_p", float("nan"))],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused_by_name(name: str, value: float) -> None:

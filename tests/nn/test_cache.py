@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
+from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache, StaticBranches
 from vqt2i.nn.transformer import Rotary, Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(width=24, n_layers=3, n_heads=3, mlp_width=40)
@@ -48,8 +48,20 @@ def test_cached_pieces_match_the_whole_whatever_the_cut(model: Transformer) -> N
         torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 
+def static(prefix: PrefixCache, real_GP: Tensor, n_each: int, length: int) -> StaticBranches:
+    """As `Branches`, in room that another prefix was continued in before."""
+    branches = StaticBranches(prefix, *real_GP.shape[:1], n_each, real_GP.shape[1], length)
+    for _ in range(2):
+        for room in (*branches.prefix_kv, *branches.kv):
+            room.normal_()
+        branches.n_filled += 3
+        branches.restart(prefix, real_GP, torch.arange(len(real_GP)))
+    return branches
+
+
+@pytest.mark.parametrize("kind", [Branches, static])
 @pytest.mark.parametrize("cuts", [[4], [1, 1, 1, 1], [3, 1], [1, 2, 1]], ids=str)
-def test_branches_of_ragged_prefixes_match_the_whole_of_each_row(model: Transformer, cuts: list[int]) -> None:
+def test_branches_of_ragged_prefixes_match_the_whole_of_each_row(model: Transformer, cuts: list[int], kind) -> None:
     # two prefixes of 3 with three branches each, one of 5 with two, the first of them left-padded by one
     sizes, n_each = [(2, 3), (1, 5)], [3, 2]
     prefixes = [torch.randn(n, length, 24) for n, length in sizes]
@@ -57,7 +69,7 @@ def test_branches_of_ragged_prefixes_match_the_whole_of_each_row(model: Transfor
     own_BLD = torch.randn(8, 4, 24)
     mask = causal(3) & real[0][:, None, None] | torch.eye(3, dtype=torch.bool)
     caches = [prefilled(model, prefixes[0], mask), prefilled(model, prefixes[1])]
-    cache = BranchedCache([Branches(*parts, 4) for parts in zip(caches, real, n_each, strict=True)])
+    cache = BranchedCache([kind(*parts, 4) for parts in zip(caches, real, n_each, strict=True)])
     found = torch.cat([model(part, cache=cache) for part in own_BLD.split(cuts, dim=1)], dim=1)
 
     for row in range(8):
@@ -77,6 +89,21 @@ def test_branches_hold_each_prefix_once_and_change_nothing_of_it(model: Transfor
     for _ in range(4):
         model(torch.randn(10, 1, 24), cache=BranchedCache([branches]))
     assert torch.equal(prefix.kv, before) and branches.kv.data_ptr() == room
+
+
+def test_static_branches_keep_their_places_and_change_nothing_of_the_prefix(model: Transformer) -> None:
+    prefix = prefilled(model, torch.randn(2, 3, 24))
+    before, real = prefix.kv.clone(), torch.ones(2, 3, dtype=torch.bool)
+    branches = StaticBranches(prefix, 3, 2, 3, 4)
+    places = [tensor.data_ptr() for tensor in branches.tensors]
+    x_BLD, found = torch.randn(6, 4, 24), []
+    for rows in ([0, 1, 1], [1, 0, 0]):
+        branches.restart(prefix, real, torch.tensor(rows))
+        found.append(model(x_BLD, cache=BranchedCache([branches])))
+    assert [tensor.data_ptr() for tensor in branches.tensors] == places and torch.equal(prefix.kv, before)
+    swapped = model(x_BLD, cache=BranchedCache([Branches(prefix, real, 3, 4)]))  # rows 0, 0, 0, 1, 1, 1
+    torch.testing.assert_close(found[0][[0, 1, 3, 4, 5]], swapped[[0, 1, 3, 4, 5]])
+    assert not torch.allclose(found[1][0], swapped[0])
 
 
 def test_some_branches_can_be_stepped_without_the_others_and_catch_up_at_once(model: Transformer) -> None:

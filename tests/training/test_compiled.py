@@ -5,13 +5,24 @@ import pytest
 import torch
 
 from vqt2i.gpt import LossWeights, gpt_loss
+from vqt2i.nn.sparsity import RowColumnConfig
+from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import pad_texts
 from vqt2i.training.compiled import compile_for_training
 
+PUBLISHED = {
+    "transformer": TransformerConfig(
+        width=32, n_layers=2, n_heads=2, mlp_width=48, norm="scaled_layer", norm_placement="sandwich", mlp="gelu_tanh",
+        bias=True, qk_norm=False, pb_relax=True,
+    ),
+    "positions": "sequence", "padding": "learned", "sparsity": RowColumnConfig(conv_size=3),
+}  # fmt: skip
 
-def test_a_compiled_step_gives_the_loss_and_gradients_of_a_plain_one(make_gpt):
+
+@pytest.mark.parametrize("kind", [{}, PUBLISHED], ids=["default", "published"])
+def test_a_compiled_step_gives_the_loss_and_gradients_of_a_plain_one(make_gpt, kind: dict):
     assert shutil.which("g++") or shutil.which("clang++"), "torch.compile needs a C++ compiler: apt install g++"
-    plain = make_gpt().train()
+    plain = make_gpt(**kind).train()
     compiled = copy.deepcopy(plain)
     compiled_loss = compile_for_training(gpt_loss)
     layout = plain.layout

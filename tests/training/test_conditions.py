@@ -200,11 +200,10 @@ def test_texts_are_moved_by_the_shift_and_pictures_are_not(
     assert pipeline.gpt.reader.text_shift.norm() > 0
     picture = Picture(tiny_dataset.split("train")[3].image_HW3, "three")
     reader = pipeline._reader
-    asked_BE = reader.embed(["a red square", picture])
-    text, image = (np.frombuffer(c.values, np.float32) for c in reader.conditions(["a red square", picture], asked_BE))
-    moved = normalize(asked_BE[0] + pipeline.gpt.reader.text_shift, dim=-1)
+    text, image = (np.frombuffer(reader.condition(p).values, np.float32) for p in ("a red square", picture))
+    moved = normalize(reader.embed("a red square") + pipeline.gpt.reader.text_shift, dim=-1)
     torch.testing.assert_close(torch.from_numpy(text.copy()), moved)
-    assert np.array_equal(image, asked_BE[1].numpy())
+    assert np.array_equal(image, reader.embed(picture).numpy())
 
 
 def test_a_shared_pipeline_keeps_the_scorer_as_it_is(trained: Path, tmp_path: Path, model_folders: Path) -> None:

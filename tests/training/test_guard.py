@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 import vqt2i
 from vqt2i.checkpoint import read_card
+from vqt2i.processes import STOPPED, Stopped
 from vqt2i.training.checkpoints import checkpoints_in, damage, step_of
 from vqt2i.training.clip import CLIPModule
 from vqt2i.training.gpt import GPTModule
-from vqt2i.training.guard import MAX_SAVED_BATCHES, STOPPED, StepGuard, Stopped, TrainingError
+from vqt2i.training.guard import MAX_SAVED_BATCHES, StepGuard, TrainingError
 from vqt2i.training.vqgan import VQGANModule
 
 TOOLS = Path(vqt2i.__file__).parents[1] / "tools"

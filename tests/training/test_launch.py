@@ -15,10 +15,10 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from torch.distributed import HashStore
 
 import vqt2i
+from vqt2i import processes
 from vqt2i.errors import ConfigError, UserError
-from vqt2i.training import launch
-from vqt2i.training.guard import Stopped
-from vqt2i.training.launch import World, cluster_environment, find_world, one_command
+from vqt2i.processes import Stopped, one_command
+from vqt2i.training.launch import World, cluster_environment, find_world
 from vqt2i.training.record import read_record
 
 TRAIN_CLIP = Path(vqt2i.__file__).parents[1] / "tools" / "train_clip.py"
@@ -35,7 +35,7 @@ def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str
     """started_with(variables): as a process that begins with these in its environment, and no others of a launcher."""
 
     def start(variables: dict[str, str]) -> None:
-        launch.find_launcher.cache_clear()
+        processes.find_launcher.cache_clear()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         for name in (*TORCHRUN, *DEEPSPEED, "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
@@ -45,8 +45,8 @@ def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str
     yield start
     signal.signal(signal.SIGTERM, terminate)  # a command under a launcher ends ignoring it
     monkeypatch.undo()
-    launch.find_launcher.cache_clear()
-    launch._meeting_point.cache_clear()
+    processes.find_launcher.cache_clear()
+    processes._meeting_point.cache_clear()
 
 
 @pytest.fixture
@@ -175,8 +175,8 @@ def test_an_error_is_told_by_the_first_of_those_that_have_it(
     store = HashStore()
     for key in left:
         store.set(key, "")
-    monkeypatch.setattr(launch, "_meeting_point", lambda: store)
-    monkeypatch.setattr(launch, "MEETING_S", 0.1)
+    monkeypatch.setattr(processes, "_meeting_point", lambda: store)
+    monkeypatch.setattr(processes, "MEETING_S", 0.1)
     with pytest.raises(type(error) if code is None else SystemExit) as raised, one_command():
         raise error
     assert code is None or raised.value.code == code

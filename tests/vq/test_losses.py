@@ -3,7 +3,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from vqt2i.vq.autoencoder import VQOutput
 from vqt2i.vq.discriminator import AdversarialConfig, PatchDiscriminator
+from vqt2i.vq.logit_laplace import location_of, logit_laplace_loss
 from vqt2i.vq.losses import (
     ReconstructionLoss,
     VQGANLossConfig,
@@ -13,15 +15,27 @@ from vqt2i.vq.losses import (
 )
 
 
+def output(reconstruction: torch.Tensor, decoded: torch.Tensor | None = None) -> VQOutput:
+    """What the losses read of a tokenizer's output."""
+    return VQOutput(reconstruction, reconstruction if decoded is None else decoded, None, None, 0, {})
+
+
 def test_pixel_losses_equal_their_formula():
     x, y = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), -0.1)
     loss = ReconstructionLoss(VQGANLossConfig(l1_weight=2.0, l2_weight=3.0))
-    assert loss(x, y).item() == pytest.approx(2 * 0.6 + 3 * 0.36)
-    assert loss(x, x).item() == 0
+    assert loss(output(x), y).item() == pytest.approx(2 * 0.6 + 3 * 0.36)
+    assert loss(output(x), x).item() == 0
+
+
+def test_logit_laplace_reads_what_the_decoder_said():
+    decoded, y = torch.randn(2, 6, 4, 4), torch.rand(2, 3, 4, 4)
+    loss = ReconstructionLoss(VQGANLossConfig(l1_weight=0.5, l2_weight=0, logit_laplace_weight=2.0))
+    expected = 0.5 * (location_of(decoded) - y).abs().mean() + 2 * logit_laplace_loss(decoded, y)
+    torch.testing.assert_close(loss(output(location_of(decoded), decoded), y), expected)
 
 
 def test_no_pixel_loss_at_all_is_refused():
-    with pytest.raises(ValidationError, match="both 0"):
+    with pytest.raises(ValidationError, match="all 0"):
         VQGANLossConfig(l1_weight=0, l2_weight=0)
 
 

@@ -1,4 +1,7 @@
-"""B batch, C channels, H height, W width, N latents, D code width, K codes"""
+"""The learned codebook; what it shares with the other kinds is in test_quantizers.py.
+
+B batch, C channels, H height, W width, N latents, D code width, K codes
+"""
 
 import subprocess
 import sys
@@ -9,9 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from vqt2i.vq import quantizer as quantizer_module
-from vqt2i.vq.config import VQConfig
-from vqt2i.vq.quantizer import VectorQuantizer, build_quantizer, nearest_codes
+from vqt2i.vq.quantizer import VectorQuantizer, VQConfig, build_quantizer, codebook, nearest_codes
 
 EMA = VQConfig(codebook_size=16, code_dim=4)
 GRADIENT = VQConfig(codebook_size=16, code_dim=4, update="gradient", codebook_weight=1.0)
@@ -36,7 +37,7 @@ def test_nearest_codes_equal_brute_force(monkeypatch):
     latents, codes = torch.randn(200, 8), torch.randn(50, 8)
     expected = torch.tensor([min(range(50), key=lambda k: float((z - codes[k]).square().sum())) for z in latents])
     assert torch.equal(nearest_codes(latents, codes), expected)
-    monkeypatch.setattr(quantizer_module, "MAX_SCORES", 50 * 7)  # in parts of 7 latents
+    monkeypatch.setattr(codebook, "MAX_SCORES", 50 * 7)  # in parts of 7 latents
     assert torch.equal(nearest_codes(latents, codes), expected)
 
 
@@ -47,26 +48,6 @@ def test_search_in_bf16_would_choose_other_codes(n_codes, share):
     in_bf16 = (latents.bfloat16() @ codes.bfloat16().T).argmax(-1)
     differ = (in_bf16 != nearest_codes(latents, codes)).float().mean()
     assert differ.item() == pytest.approx(share, rel=0.3)  # measured; the accumulation order is the machine's
-
-
-@pytest.mark.parametrize("config", [EMA, GRADIENT])
-def test_autocast_changes_no_id(config):
-    quantizer = make(config).eval()
-    x = features()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = quantizer(x)
-        assert torch.equal(quantizer.encode(x), out.ids_BHW)
-    assert torch.equal(quantizer.encode(x), out.ids_BHW)
-    assert out.features_BCHW.dtype == torch.float32
-
-
-@pytest.mark.parametrize("config", [EMA, GRADIENT, EMA.model_copy(update={"l2_normalised": False})])
-def test_forward_equals_encode_then_decode_in_eval_mode(config):
-    quantizer = make(config).eval()
-    x = features()
-    out = quantizer(x)
-    assert torch.equal(out.ids_BHW, quantizer.encode(x))
-    torch.testing.assert_close(out.features_BCHW, quantizer.decode(out.ids_BHW))
 
 
 @pytest.mark.parametrize("config", [EMA, GRADIENT])
@@ -118,16 +99,6 @@ def test_losses_equal_hand_computed():
 def test_codebook_is_a_buffer_with_ema_and_a_parameter_with_gradient():
     assert "codebook" in dict(make(EMA).named_buffers())
     assert "codebook" in dict(make(GRADIENT).named_parameters())
-
-
-@pytest.mark.parametrize("config", [EMA, GRADIENT])
-def test_evaluation_mode_and_encode_change_no_state(config):
-    quantizer = make(config)
-    quantizer.train()(features())
-    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
-    quantizer.encode(features(1))
-    quantizer.eval()(features(1))
-    assert all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
 
 
 @pytest.mark.parametrize("config", [EMA, GRADIENT])

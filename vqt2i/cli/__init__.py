@@ -1,5 +1,7 @@
 """The `vqt2i` command and `tools/*.py`: one module per verb, with `add_arguments(parser)` and `run(args)`.
 
+`run` returns None, or an exit code. `args.argv` is the command itself, from the verb on.
+
 Modules import the heavy libraries inside `run`, so that `--help` answers at once.
 """
 
@@ -9,7 +11,7 @@ import sys
 
 from vqt2i import __version__
 from vqt2i.errors import UserError
-from vqt2i.runtime import keep_freed_memory
+from vqt2i.runtime import is_first_process, keep_freed_memory
 
 VERBS = (
     "make_dataset",
@@ -21,6 +23,7 @@ VERBS = (
     "train_clip",
     "export",
     "generate",
+    "caption",
     "evaluate",
     "make_pipeline",
     "benchmark",
@@ -38,16 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"vqt2i: unknown command {argv[0]!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    args = parser_of(verb).parse_args(argv[1:])
+    args = parser_of(verb).parse_args(argv[1:], argparse.Namespace(argv=argv))
     try:
-        importlib.import_module(f"vqt2i.cli.{verb}").run(args)
+        return importlib.import_module(f"vqt2i.cli.{verb}").run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if not is_first_process():
+            return 0  # as in `Stopped`
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:

@@ -6,8 +6,12 @@ folder, which is printed last, as they come. Stopped, the same command with `--o
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vqt2i.cli.options import RUNS, add_sampling_arguments
+from vqt2i.cli.options import RUNS, add_engine_arguments, add_machine_arguments, add_sampling_arguments
+
+if TYPE_CHECKING:
+    from vqt2i.generation.output import OutputFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,71 +26,123 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scorer", choices=("clip", "caption", "both"), help="what ranks the candidates "
                         "(default: both where the model has a CLIP, else caption)")  # fmt: skip
     add_sampling_arguments(parser)
+    parser.add_argument("--negative", metavar="TEXT", help="guidance leads away from this (default: from no text)")
+    parser.add_argument("--mix", nargs=2, metavar=("TEXT", "SHARE"), help="mix each prompt with another text, which "
+                        "gets this share, between 0 and 1, of the say")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default: 0)")
     parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder, or one to go on with "
                         "(default: outputs/0001 and so on)")  # fmt: skip
+    add_engine_arguments(parser)
     parser.add_argument("--preview", action="store_true", help="show what is drawn while its tokens come: writes "
                         "preview.png in the folder over and over")  # fmt: skip
+    add_machine_arguments(parser)
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (default: runs)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
+    from vqt2i.processes import find_launcher, one_command, start_processes
+
+    _check(args)
+    if args.devices and args.devices > 1 and find_launcher() is None:
+        return start_processes(args.devices, args.argv)
+    with one_command(stopped="stopped"):
+        _draw(args)
+    return None
+
+
+def _draw(args: argparse.Namespace) -> None:
+    """One process's part; alone it is all of it."""
     from contextlib import nullcontext
 
-    from vqt2i.cli.options import sampling_from
-    from vqt2i.errors import PromptError
+    from vqt2i.cli.options import placement_from, sampling_from
     from vqt2i.generation.find import open_pipeline
-    from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder
-    from vqt2i.generation.prompts import Picture, read_prompts
+    from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder, set_aside, write_group
+    from vqt2i.generation.pipeline import Mix
+    from vqt2i.generation.prompts import Picture, prompt_name, read_prompts
+    from vqt2i.processes import LOADING, Stopped, Tally, find_place, from_first
     from vqt2i.runtime import counter, say
     from vqt2i.text import clean_text
 
-    _check(args)
-    n = args.n or min(4, args.rerank or 4)
-    if args.rerank and n > args.rerank:
-        raise PromptError(f"--n {n}: only {args.rerank} candidates are drawn; give --rerank {n} or more")
+    place = find_place(args.devices)
     prompts = read_prompts(args.file) if args.file else args.prompts
     pictures = [Picture.read(path) for path in args.images]
-    pipeline = open_pipeline(args.model, args.runs)
+    placement = placement_from(args, place) | {"engine": args.engine, "precision": args.precision}
+    pipeline = open_pipeline(args.model, args.runs, **placement)
     sampling = sampling_from(args, pipeline.config.sampling)
+    negative, mix = args.negative and clean_text(args.negative), args.mix and Mix(clean_text(args.mix[0]), _share(args))
     examples = () if pictures else pipeline.config.example_prompts or [""]
     prompts = [*(clean_text(prompt) for prompt in prompts or examples), *pictures]
-    names = [prompt if isinstance(prompt, str) else prompt.name for prompt in prompts]
     scorer = (args.scorer or pipeline.default_scorer) if args.rerank else None
-    settings = {**sampling.model_dump(), "rerank": args.rerank, "scorer": scorer, "seed": args.seed}
-    out = args.out or next_folder(Path("outputs"))
-    outputs = OutputFolder(out, Request(names, n, settings, pipeline.fingerprints))
-    if args.preview:
-        say(f"preview: {out / 'preview.png'}")
-    if outputs.n_done:
-        say(f"{out}: {outputs.n_done:,} of {len(prompts):,} prompts are there")
+    settings = {
+        **sampling.model_dump(), "negative": negative, "mix": mix, "rerank": args.rerank, "scorer": scorer,
+        "seed": args.seed, "precision": pipeline.engine.precision,
+    }  # fmt: skip
+    n = args.n or min(4, args.rerank or 4)
+    request = Request([prompt_name(prompt) for prompt in prompts], n, settings, pipeline.fingerprints)
+
+    outputs: OutputFolder | None = None
+
+    def open_folder() -> tuple[Path, list[int]]:
+        nonlocal outputs
+        out = args.out or next_folder(Path("outputs"))
+        outputs = OutputFolder(out, request)
+        return out, outputs.missing
+
+    out, missing = from_first(open_folder, LOADING)
     count = args.rerank or n
-    total, tokens_per_image = (len(prompts) - outputs.n_done) * count, pipeline.gpt.layout.image_length
-    preview = PreviewFile(out / "preview.png") if args.preview else None
-    truncated = []
+    tokens_per_image = pipeline.gpt.layout.image_length
+    preview = PreviewFile(out / "preview.png") if args.preview and outputs else None
+    if outputs:
+        if preview:
+            say(f"preview: {preview.path}")
+        if len(missing) < len(prompts):
+            say(f"{out}: {len(prompts) - len(missing):,} of {len(prompts):,} prompts are there")
     try:
-        with counter("drawing", total, unit="images") as advance:
-            groups = pipeline.stream(
-                prompts, count, first=outputs.n_done, scorer=scorer, scored=args.rerank is not None,
-                sampling=sampling, seed=args.seed, on_token=lambda n_images: advance(n_images / tokens_per_image),
-                on_preview=preview,
-            )  # fmt: skip
-            with outputs, preview or nullcontext():
-                for group in groups:
+        groups = pipeline.stream(  # before anything is written: it may refuse
+            prompts, count, indices=missing[place.rank :: place.size], scorer=scorer, scored=args.rerank is not None,
+            sampling=sampling, negative=negative, mix=mix, seed=args.seed, on_preview=preview,
+            on_token=lambda n_tokens: tally.add(n_tokens),
+        )  # fmt: skip
+        with (
+            counter("drawing", len(missing) * count, unit="images") as advance,
+            Tally(lambda n_tokens: advance(n_tokens / tokens_per_image)) as tally,
+            outputs or nullcontext(),
+            preview or nullcontext(),
+        ):
+            for group in groups:
+                tally.look()  # before the last group is there, and with it the end of the first process
+                if outputs:
                     outputs.write(group)
-                    if group[0].n_truncated:
-                        truncated.append((group[0].prompt[:40], group[0].n_truncated))
-    except KeyboardInterrupt:
-        say(f"{outputs.n_done:,} of {len(prompts):,} prompts are in {out}; the same command with --out {out} goes on")
+                else:
+                    set_aside(out, request, group[0].prompt_index, write_group(out, request, group))
+            while outputs and outputs.n_done < len(prompts):
+                tally.wait()
+                outputs.collect()
+    except (KeyboardInterrupt, Stopped):
+        if outputs:
+            say(f"{outputs.n_drawn:,} of {len(prompts):,} prompts are in {out}; "
+                f"the same command with --out {out} goes on")  # fmt: skip
         raise
-    for prompt, n_ids in truncated[:3]:
+    if outputs:
+        _report(outputs, tokens_per_image)
+
+
+def _report(outputs: "OutputFolder", tokens_per_image: int) -> None:
+    from vqt2i.runtime import say
+
+    for prompt, n_ids in outputs.truncated[:3]:
         say(f"prompt {prompt!r}: its last {n_ids} ids did not fit and were left out")
-    if truncated[3:]:
-        say(f"so it was with {len(truncated) - 3:,} more prompts; scores.jsonl has how many ids (n_truncated_ids)")
+    if outputs.truncated[3:]:
+        say(f"so it was with {len(outputs.truncated) - 3:,} more prompts; scores.jsonl has how many ids "
+            "(n_truncated_ids)")  # fmt: skip
+    if outputs.request.settings["jacobi_window"] and outputs.n_passes:
+        mean = sum(outputs.n_passes) / len(outputs.n_passes)
+        say(f"{mean:.1f} passes of the GPT for the {tokens_per_image} tokens of an image")
     grids = f"{outputs.grids[0]}" + (f" to {outputs.grids[-1].name}" if len(outputs.grids) > 1 else "")
-    print(f"{len(prompts) * n:,} pictures in {out}, all of them in {grids}")
+    n_pictures = len(outputs.request.prompts) * outputs.request.n
+    print(f"{n_pictures:,} pictures in {outputs.path}, all of them in {grids}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -95,10 +151,24 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.file and args.prompts:
         raise PromptError(f"--prompts {args.file}: prompts are given too ({args.prompts[0]!r}); give one or the other")
-    for name, value in (("--rerank", args.rerank), ("--n", args.n)):
+    for name, value in (("--rerank", args.rerank), ("--n", args.n), ("--devices", args.devices)):
         if value is not None and value < 1:
             raise PromptError(f"{name}: found {value}, expected 1 or more")
+    if args.rerank and args.n and args.n > args.rerank:
+        raise PromptError(f"--n {args.n}: only {args.rerank} candidates are drawn; give --rerank {args.n} or more")
     if args.scorer and not args.rerank:
         raise PromptError(f"--scorer {args.scorer}: nothing is ranked without --rerank K")
+    if args.mix:
+        _share(args)
     if args.out and args.out.is_file():
         raise UserError(f"--out {args.out}: a file; expected a folder")
+
+
+def _share(args: argparse.Namespace) -> float:
+    """The number in --mix TEXT SHARE."""
+    from vqt2i.errors import PromptError
+
+    try:
+        return float(args.mix[1])
+    except ValueError:
+        raise PromptError(f"--mix: found a share of {args.mix[1]!r}, expected a number between 0 and 1") from None

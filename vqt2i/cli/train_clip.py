@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
+    from vqt2i.processes import one_command
     from vqt2i.training.clip import CLIPRunConfig, train_clip
-    from vqt2i.training.launch import one_command
 
     with one_command():
         config = load_config(CLIPRunConfig, args.config, args.overrides)

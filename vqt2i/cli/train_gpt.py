@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
     from vqt2i.generation.find import find_image_tokenizer
+    from vqt2i.processes import one_command
     from vqt2i.training.gpt import GPTRunConfig, train_gpt
-    from vqt2i.training.launch import one_command
 
     with one_command():
         config = load_config(GPTRunConfig, args.config, args.overrides)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
-    from vqt2i.training.launch import one_command
+    from vqt2i.processes import one_command
     from vqt2i.training.vqgan import VQGANRunConfig, train_vqgan
 
     with one_command():

@@ -15,10 +15,10 @@ from vqt2i.text.batch import pad_texts
 
 
 def embed_images(clip: CLIP, image_B3HW: Tensor) -> Tensor:
-    """Unit vectors (B, E) of square images in [-1, 1], resampled to the size that the scorer reads."""
-    size = clip.config.image_size_px
-    if image_B3HW.shape[-1] != size:
-        image_B3HW = F.interpolate(image_B3HW, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    """Unit vectors (B, E) of images in [-1, 1], resampled to the size that the scorer reads."""
+    size = (clip.config.image_size_px,) * 2
+    if image_B3HW.shape[2:] != size:
+        image_B3HW = F.interpolate(image_B3HW, size, mode="bicubic", antialias=True).clamp(-1, 1)
     return clip.encode_image(image_B3HW)
 
 

@@ -15,6 +15,7 @@ from vqt2i.checkpoint import CONFIG, load_model
 from vqt2i.clip.model import CLIP, CLIPConfig
 from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.files import sha256_of_parts
+from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text.huggingface import FILE as TOKENIZER
 from vqt2i.text.huggingface import HuggingFaceTokenizer
 
@@ -28,9 +29,25 @@ class HuggingFaceConfig(NamedTuple):
     """What is asked of a scorer; as in `CLIPConfig`. text_length: without the marks at a text's ends."""
 
     image_size_px: int
+    n_patches: int
     text_length: int
     embedding_width: int
+    vision: TransformerConfig
+    text: TransformerConfig
     text_tokenizer: str
+
+    @classmethod
+    def of(cls, model: nn.Module, text_tokenizer: str) -> "HuggingFaceConfig":
+        """That of a `CLIPModel` with the tokenizer of this fingerprint."""
+        vision, text = model.config.vision_config, model.config.text_config
+        sizes = [
+            TransformerConfig(width=part.hidden_size, n_layers=part.num_hidden_layers,
+                              n_heads=part.num_attention_heads, mlp_width=part.intermediate_size)
+            for part in (vision, text)
+        ]  # fmt: skip
+        n_patches = (vision.image_size // vision.patch_size) ** 2
+        text_length, width = text.max_position_embeddings - 2, model.config.projection_dim
+        return cls(vision.image_size, n_patches, text_length, width, *sizes, text_tokenizer)
 
 
 class HuggingFaceCLIP(nn.Module):
@@ -81,13 +98,9 @@ def load_scorer(folder: Path) -> CLIP | HuggingFaceCLIP:
         pixels = json.loads((folder / PREPROCESSOR).read_text()) if (folder / PREPROCESSOR).is_file() else {}
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: not a CLIPModel of `transformers` ({error})") from None
-    tokenizer, sizes = HuggingFaceTokenizer(content, str(folder / TOKENIZER)), model.config
-    config = HuggingFaceConfig(
-        sizes.vision_config.image_size, sizes.text_config.max_position_embeddings - 2, sizes.projection_dim,
-        tokenizer.fingerprint,
-    )  # fmt: skip
-    scorer = HuggingFaceCLIP(model, config, (tokenizer.start, tokenizer.end), pixels.get("image_mean", MEAN),
-                             pixels.get("image_std", STD))  # fmt: skip
+    tokenizer = HuggingFaceTokenizer(content, str(folder / TOKENIZER))
+    config, marks = HuggingFaceConfig.of(model, tokenizer.fingerprint), (tokenizer.start, tokenizer.end)
+    scorer = HuggingFaceCLIP(model, config, marks, pixels.get("image_mean", MEAN), pixels.get("image_std", STD))
     scorer.fingerprint = fingerprint
     return scorer.eval()
 

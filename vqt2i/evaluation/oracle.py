@@ -12,6 +12,7 @@ import numpy as np
 
 from vqt2i.data.shapes import LANGUAGES, Caption, check, draw_prompts
 from vqt2i.errors import PromptError
+from vqt2i.evaluation.retrieval import r_precision
 from vqt2i.generation import Sample, SamplingConfig, TextToImage
 
 
@@ -29,8 +30,9 @@ class OracleProtocol:
 def measure_oracle(pipeline: TextToImage, protocol: OracleProtocol, on_token: Any = None) -> dict[str, Any]:
     """Accuracy by kind of prompt and by scorer.
 
-    Of the prompts of each kind, half are English and half Chinese. Returns, for each kind: `random` (unreranked), the
-    scorers, `any` (at least one candidate is right), each {right, colour_shape, standard_error} with shares in [0, 1].
+    Of the prompts of each kind, half are English and half Chinese. Returns, for each kind: `accuracy` with `random`
+    (unreranked), the scorers, `any` (at least one candidate is right), each {right, colour_shape, standard_error} with
+    shares in [0, 1]; and the `r_precision` of all candidates among the prompts of the kind, where there is a CLIP.
 
     Raises:
         PromptError: an unknown kind, or fewer prompts than languages.
@@ -48,7 +50,9 @@ def measure_oracle(pipeline: TextToImage, protocol: OracleProtocol, on_token: An
             [prompt.text for prompt in prompts], protocol.n_candidates,
             sampling=protocol.sampling, seed=protocol.seed, on_token=on_token,
         )  # fmt: skip
-        results[kind] = score_groups(prompts, groups)
+        results[kind] = {"accuracy": score_groups(prompts, groups)}
+        if pipeline.clip is not None:
+            results[kind]["r_precision"] = r_precision(pipeline, prompts, groups)
     return results
 
 

@@ -1,36 +1,42 @@
 """Image ids from conditions: prefill each distinct one once, share it among its candidates, step all images together.
 
-B batch (images), I image ids, V vocabulary
+B batch (images), I image ids
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqt2i.generation.sampling import SamplingConfig, draw, guide
-from vqt2i.gpt import GPT, Condition
-from vqt2i.nn.cache import BranchedCache, Branches
+from vqt2i.generation.jacobi import jacobi_passes
+from vqt2i.generation.rows import GuidedRows, Job
+from vqt2i.generation.sampling import SamplingConfig, draw
+from vqt2i.gpt import GPT
 from vqt2i.runtime import stream_seed
 
-
-class Job(NamedTuple):
-    """One image to draw: its condition (of a text, the ids), and what with the seed makes its random stream."""
-
-    condition: Condition
-    prompt_index: int
-    image_index: int
+OnToken = Callable[[int], None]
+OnPartial = Callable[[Sequence[Job], Callable[[], Tensor]], None]
+OnPasses = Callable[[Job, int], None]
 
 
-class _Prefilled(NamedTuple):
-    """Rows that have read their prefix: the logits of their first token, (B, V), and their branches."""
+class Drawing(Protocol):
+    """A batch of images, rows in the order of their jobs, of which `image_BI` holds what is drawn."""
 
-    logits_BV: Tensor
-    branches: list[Branches]
+    image_BI: Tensor
+
+    def step(self, index: int) -> None:
+        """Draw token number `index` of every image; called for each, from the first to the last."""
+
+
+class Start(Protocol):
+    """How a batch is drawn: reads the conditions; `uniform_IB` are the numbers in [0, 1) that pick the tokens."""
+
+    def __call__(self, jobs: Sequence[Job], uniform_IB: Tensor, sampling: SamplingConfig) -> Drawing: ...
 
 
 @torch.inference_mode()
@@ -40,32 +46,61 @@ def decode_image_ids(
     sampling: SamplingConfig,
     seed: int,
     *,
+    start: Start | None = None,
     rows_at_once: int = 64,
-    on_token: Callable[[int], None] | None = None,
-    on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None = None,
+    on_token: OnToken | None = None,
+    on_partial: OnPartial | None = None,
+    on_passes: OnPasses | None = None,
 ) -> Tensor:
     """Draw the ids of every job's image, (jobs, grid height, grid width) on the CPU.
 
     Args:
-        gpt: or its twin from `to_int8`, which is faster on CPUs and draws other images.
+        gpt: or what has its `layout`, `reader`, `device`, `prefill` and `step`.
+        start: how a batch is drawn; None is by a `PlainDrawing`. Changes speed, not the images.
         rows_at_once: images decoded together; a guided token takes two rows of each. Changes memory and speed, not the
-            images.
-        on_token: called with the number of images that got a token, after each step.
+            images. With a `jacobi_window` each is drawn alone, for each goes on at a pace of its own.
+        on_token: called with the number of tokens that were drawn, after each step.
         on_partial: called after each step with the images being drawn and a function that returns the ids that they
             have so far, (images, tokens) on the CPU. Calling that function waits for the device; not calling it costs
             nothing.
+        on_passes: called with each image that is done and how many passes of the GPT it took, that of its
+            condition included: as many as tokens, or fewer with a `jacobi_window`.
     """
+    if sampling.jacobi_window is None:
+        size, decode = rows_at_once, partial(_decode_batch, start=start or partial(PlainDrawing, gpt))
+    else:
+        size, decode = len(jobs), _decode_in_turn
     parts = [
-        _decode_batch(gpt, jobs[start : start + rows_at_once], sampling, seed, on_token, on_partial)
-        for start in range(0, len(jobs), rows_at_once)
+        decode(gpt, jobs[first : first + size], sampling, seed, on_token, on_partial, on_passes)
+        for first in range(0, len(jobs), size)
     ]
     layout = gpt.layout.config
     return torch.cat(parts).reshape(len(jobs), layout.grid_height, layout.grid_width)
 
 
+def stream(job: Job, seed: int) -> np.random.Generator:
+    """The random numbers of an image: a function of (seed, prompt, image) alone."""
+    return np.random.default_rng(stream_seed("image", seed, job.prompt_index, job.image_index))
+
+
 def uniforms(job: Job, seed: int, n: int) -> np.ndarray:
     """The numbers in [0, 1) that pick the image's n tokens: a function of (seed, prompt, image, token) alone."""
-    return np.random.default_rng(stream_seed("image", seed, job.prompt_index, job.image_index)).random(n)
+    return stream(job, seed).random(n)
+
+
+class PlainDrawing:
+    """Step by step, with a `gpt` that has the `layout`, `reader`, `device`, `prefill` and `step` of `GPT`."""
+
+    def __init__(self, gpt: GPT, jobs: Sequence[Job], uniform_IB: Tensor, sampling: SamplingConfig) -> None:
+        self.gpt, self.uniform_IB, self.sampling = gpt, uniform_IB, sampling
+        n = len(uniform_IB)
+        self.temperatures, self.rows = sampling.temperatures(n), GuidedRows(gpt, jobs, sampling)
+        self.image_BI = torch.empty(len(jobs), n, dtype=torch.long, device=gpt.device)
+
+    def step(self, index: int) -> None:
+        """As `Drawing.step`."""
+        logits_BV = self.rows.logits(self.image_BI[:, :index])[:, -1]
+        self.image_BI[:, index] = draw(logits_BV, self.uniform_IB[index], self.sampling, self.temperatures[index])
 
 
 def _decode_batch(
@@ -73,53 +108,58 @@ def _decode_batch(
     jobs: Sequence[Job],
     sampling: SamplingConfig,
     seed: int,
-    on_token: Callable[[int], None] | None,
-    on_partial: Callable[[Sequence[Job], Callable[[], Tensor]], None] | None,
+    on_token: OnToken | None,
+    on_partial: OnPartial | None,
+    on_passes: OnPasses | None,
+    *,
+    start: Start,
 ) -> Tensor:
-    n, device = gpt.layout.image_length, gpt.device
+    """All images together, a token of each in a step."""
+    n = gpt.layout.image_length
     # images of one condition stand together, and conditions of equally many images, so that they share prefixes and
-    # products; those of one null condition before all, for their rows are shared too
+    # products; those of one null condition before all
     counts, null = Counter(job.condition for job in jobs), gpt.reader.null
     keys = [(null(job.condition), counts[job.condition], job.condition) for job in jobs]
     order = sorted(range(len(jobs)), key=keys.__getitem__)
     inverse = torch.tensor(order).argsort()
-    uniform_IB = torch.from_numpy(np.stack([uniforms(jobs[i], seed, n) for i in order], axis=1)).to(device)
-    guided = sampling.guided_tokens(n)
-
-    logits, branches = _prefill(gpt, [(condition, n_each) for _, n_each, condition in sorted(set(keys))])
-    conditional = both = BranchedCache(branches)
-    if guided:  # one prefix of a null condition serves all its images
-        null_logits, branches = _prefill(gpt, sorted(Counter(null for null, _, _ in keys).items()))
-        null = BranchedCache(branches)
-        both = BranchedCache([*conditional.branches, *null.branches])
-
-    image_BI = torch.empty(len(jobs), n, dtype=torch.long, device=device)
+    uniform_IB = torch.from_numpy(np.stack([uniforms(jobs[i], seed, n) for i in order], axis=1)).to(gpt.device)
+    drawing = start([jobs[i] for i in order], uniform_IB, sampling)
     for index in range(n):
-        if index in guided:
-            logits = guide(logits.float(), null_logits.float(), sampling.guidance)
-        image_BI[:, index] = draw(logits, uniform_IB[index], sampling)
-        if index + 1 < n:
-            token_B1 = image_BI[:, index : index + 1]
-            if index + 1 not in guided:
-                logits = gpt.step(token_B1, conditional)[:, -1]
-            elif null.n_filled == conditional.n_filled:
-                logits, null_logits = gpt.step(token_B1.repeat(2, 1), both)[:, -1].chunk(2)
-            else:  # guidance begins: the null rows read all tokens so far at once
-                logits = gpt.step(token_B1, conditional)[:, -1]
-                null_logits = gpt.step(image_BI[:, : index + 1], null)[:, -1]
+        drawing.step(index)
         if on_token:
             on_token(len(jobs))
         if on_partial:
-            on_partial(jobs, lambda n_drawn=index + 1: image_BI[:, :n_drawn].cpu()[inverse])
-    return image_BI.cpu()[inverse]
+            on_partial(jobs, lambda n_drawn=index + 1: drawing.image_BI[:, :n_drawn].cpu()[inverse])
+    for job in jobs if on_passes else ():
+        on_passes(job, n)
+    return drawing.image_BI.cpu()[inverse]
 
 
-def _prefill(gpt: GPT, conditions: Sequence[tuple[Condition, int]]) -> _Prefilled:
-    """Read each condition once for as many images as stand beside it; equal numbers side by side are read together."""
-    logits, branches = [], []
-    for n_each, group in groupby(conditions, key=lambda item: item[1]):
-        prefix = gpt.reader(gpt.reader.collate([condition for condition, _ in group], gpt.device))
-        logits_BV, cache = gpt.prefill(prefix)
-        logits.append(logits_BV.repeat_interleave(n_each, dim=0))
-        branches.append(Branches(cache, prefix.real_BL, n_each, gpt.layout.image_length - 1))
-    return _Prefilled(torch.cat(logits), branches)
+def _decode_in_turn(
+    gpt: GPT,
+    jobs: Sequence[Job],
+    sampling: SamplingConfig,
+    seed: int,
+    on_token: OnToken | None,
+    on_partial: OnPartial | None,
+    on_passes: OnPasses | None,
+) -> Tensor:
+    """One image after the other, several tokens of it in a step."""
+    images = []
+    for _, group in groupby(jobs, key=lambda job: job.conditions):
+        group = list(group)
+        rows = GuidedRows(gpt, group[:1], sampling)
+        for job in group:
+            rows.rewind_to(0)
+            n_passes = n_drawn = 0
+            for ids_1I in jacobi_passes(rows, gpt.layout.image_length, sampling, stream(job, seed)):
+                n_passes += 1
+                if on_token:
+                    on_token(ids_1I.shape[1] - n_drawn)
+                if on_partial:
+                    on_partial([job], ids_1I.cpu)
+                n_drawn = ids_1I.shape[1]
+            if on_passes:
+                on_passes(job, n_passes)
+            images.append(ids_1I.cpu())
+    return torch.cat(images)

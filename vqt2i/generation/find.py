@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -109,9 +109,9 @@ def find_parts(model: str | None, runs: Path) -> tuple[dict[str, Path | None], P
     return pipeline_folders(folder), load_config(PipelineConfig, folder / PIPELINE)
 
 
-def open_pipeline(model: str | None, runs: Path, device: str = "auto") -> TextToImage:
-    """Load what `find_parts` finds."""
-    return TextToImage.from_parts(*find_parts(model, runs), device)
+def open_pipeline(model: str | None, runs: Path, device: str = "auto", **placement: Any) -> TextToImage:
+    """Load what `find_parts` finds. placement: what `TextToImage.load` takes by name."""
+    return TextToImage.from_parts(*find_parts(model, runs), device, **placement)
 
 
 def _trained_pipeline(gpt_folder: Path, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:

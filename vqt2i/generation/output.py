@@ -2,6 +2,9 @@
 
 `request.json`: what was asked for. A PNG per kept picture. `scores.jsonl`: a line for each finished prompt, with all
 its candidates. `grid.png`, of more prompts than fit one `grid-000.png` and so on: the pictures with prompt and scores.
+
+Several processes may draw: each writes pictures itself, and the first alone the rest. `finished/` has the lines of
+prompts that were drawn before those that stand before them in `scores.jsonl`; at the end it is gone.
 """
 
 import json
@@ -18,10 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from vqt2i.data.images import png_bytes
 from vqt2i.errors import UserError
-from vqt2i.files import require_free, write_atomic, write_json
+from vqt2i.files import PARTIAL_PREFIX, require_free, write_atomic, write_json
 from vqt2i.generation.pipeline import Preview, Sample
 
-REQUEST, SCORES = "request.json", "scores.jsonl"
+REQUEST, SCORES, FINISHED = "request.json", "scores.jsonl", "finished"
 TILE_PX, MARGIN_PX, LABEL_PX = 128, 8, 16
 GRID_COLUMNS, GRID_PROMPTS, GRID_PICTURES = 16, 32, 128  # the most of each in one grid
 # fonts that hold Chinese, by the file names under which systems install them
@@ -58,12 +61,18 @@ class Request:
 class OutputFolder:
     """A folder of pictures, filled prompt by prompt. Use it as a context; leaving it draws the grid of the last ones.
 
+    The first process has one; others put what they draw into the folder by `write_group` and `set_aside`.
+
     Attributes:
-        n_done: how many prompts are written, those of earlier calls included.
+        n_done: how many prompts stand in `scores.jsonl`, those of earlier calls included.
+        missing: the prompts that were not drawn yet, neither these nor those that wait for their turn, when the folder
+            was looked at.
+        truncated: prompt and number of ids left out, of the prompts of this call that were too long.
+        n_passes: of the GPT for each image of this call.
     """
 
     def __init__(self, path: Path, request: Request) -> None:
-        """Look at what is there already; nothing is written yet.
+        """Look at what is there already; nothing is written yet, but what a killed process left is removed.
 
         Raises:
             UserError: the folder holds something else, what another request drew, or not all that it says.
@@ -76,12 +85,24 @@ class OutputFolder:
             _require_same(path, request)
         records = [] if self._new else _read_records(path)
         self.n_done = len(records)
+        for partial in [] if self._new else path.rglob(PARTIAL_PREFIX + "*"):
+            partial.unlink()  # left by a process that was killed
+        waiting = set()
+        for record in self._finished():
+            if int(record.stem) >= self.n_done and _is_whole(path, record):
+                waiting.add(int(record.stem))
+            else:
+                record.unlink()  # stands in SCORES already, or is damaged
+        self.missing = [p for p in range(self.n_done, len(request.prompts)) if p not in waiting]
+        self.truncated: list[tuple[str, int]] = []
+        self.n_passes: list[int] = []
         self._per_grid = max(1, min(GRID_PROMPTS, GRID_PICTURES // request.n))
         self._ungridded = records[self.n_done - self.n_done % self._per_grid :]
 
     def __enter__(self) -> "OutputFolder":
         if self._new:
             write_json(self.path / REQUEST, asdict(self.request))
+        self.collect()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -95,28 +116,83 @@ class OutputFolder:
         names = ["grid.png"] if n_grids == 1 else [f"grid-{_number(i, n_grids)}.png" for i in range(n_grids)]
         return [self.path / name for name in names]
 
+    @property
+    def n_drawn(self) -> int:
+        """How many prompts are drawn, those that wait for their turn included."""
+        return self.n_done + len(self._finished())
+
     def write(self, group: Sequence[Sample]) -> None:
-        """Write the first `n` of the next prompt's candidates as pictures, then the scores of all of them."""
-        assert group[0].prompt_index == self.n_done
-        number, candidates = _number(self.n_done, len(self.request.prompts)), []
-        for rank, sample in enumerate(group):
-            name = f"{number}-{rank:02d}.png" if rank < self.request.n else None
-            candidates.append({"index": sample.image_index, "file": name, "scores": sample.scores})
-            if name:
-                write_picture(self.path / name, sample, self.request)
-        record = {"prompt": group[0].prompt, "n_truncated_ids": group[0].n_truncated, "candidates": candidates}
+        """Write the first `n` of a prompt's candidates as pictures, then the scores of all of them."""
+        record = write_group(self.path, self.request, group)
+        if group[0].prompt_index == self.n_done:
+            self._append(record)
+            self.collect()
+        else:
+            set_aside(self.path, self.request, group[0].prompt_index, record)
+
+    def collect(self) -> None:
+        """Take what others have put into the folder, as far as its turn has come."""
+        while (path := _finished_path(self.path, self.request, self.n_done)).is_file():
+            self._append(json.loads(path.read_text(encoding="utf-8")))
+            path.unlink()
+        if self.n_done == len(self.request.prompts) and (self.path / FINISHED).is_dir():
+            (self.path / FINISHED).rmdir()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.n_passes += [candidate["n_passes"] for candidate in record["candidates"]]
         self._ungridded.append(record)
         if len(self._ungridded) == self._per_grid:
             self._write_grid()
             self._ungridded = []
+        if record["n_truncated_ids"]:
+            self.truncated.append((record["prompt"][:40], record["n_truncated_ids"]))
         # last, because it says that all else is there
         with open(self.path / SCORES, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(_line(record))
         self.n_done += 1
+
+    def _finished(self) -> list[Path]:
+        return list((self.path / FINISHED).glob("*.json"))
 
     def _write_grid(self) -> None:
         path = self.grids[self.n_done // self._per_grid]
         write_atomic(path, png_bytes(labelled_grid(self.path, self._ungridded)))
+
+
+def write_group(folder: Path, request: Request, group: Sequence[Sample]) -> dict[str, Any]:
+    """Write the first `n` of a prompt's candidates as pictures; returns its record, with the scores of all of them."""
+    folder.mkdir(parents=True, exist_ok=True)  # another process may come first
+    number, candidates = _number(group[0].prompt_index, len(request.prompts)), []
+    for rank, sample in enumerate(group):
+        name = f"{number}-{rank:02d}.png" if rank < request.n else None
+        candidates.append({
+            "index": sample.image_index, "file": name, "scores": sample.scores, "n_passes": sample.n_passes,
+        })  # fmt: skip
+        if name:
+            write_picture(folder / name, sample, request)
+    return {"prompt": group[0].prompt, "n_truncated_ids": group[0].n_truncated, "candidates": candidates}
+
+
+def set_aside(folder: Path, request: Request, prompt_index: int, record: dict[str, Any]) -> None:
+    """Leave a record for the first process, which takes it when its turn has come."""
+    write_atomic(_finished_path(folder, request, prompt_index), _line(record))
+
+
+def _finished_path(folder: Path, request: Request, prompt_index: int) -> Path:
+    return folder / FINISHED / f"{_number(prompt_index, len(request.prompts))}.json"
+
+
+def _is_whole(folder: Path, record: Path) -> bool:
+    """Whether all pictures that it names are there."""
+    try:
+        candidates = json.loads(record.read_text(encoding="utf-8"))["candidates"]
+        return all((folder / c["file"]).is_file() for c in candidates if c["file"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 class PreviewFile:

@@ -1,38 +1,50 @@
-"""`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out.
+"""`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
-B batch, E width of a scorer's embeddings
-"""
-
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from vqt2i.checkpoint import load_model, require_same
+from vqt2i.checkpoint import load_model, read_card, require_same
 from vqt2i.clip import CLIP
 from vqt2i.clip.huggingface import load_scorer
 from vqt2i.config import Config, load_config
 from vqt2i.data.images import png_bytes, to_uint8
-from vqt2i.errors import CheckpointError, PromptError
+from vqt2i.errors import CheckpointError, PromptError, ResourceError
+from vqt2i.generation.batches import Packer
+from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption, caption_images, require_reads_images
 from vqt2i.generation.decode import Job, decode_image_ids
-from vqt2i.generation.prompts import Picture
+from vqt2i.generation.engine import Engine, EngineName, PrecisionName
+from vqt2i.generation.memory import (
+    ROWS_AT_ONCE,
+    Budget,
+    decoding_needs,
+    finishing_needs,
+    gigabytes,
+    room_on,
+    weight_bytes,
+)
+from vqt2i.generation.prompts import Picture, prompt_name
 from vqt2i.generation.reading import Prompt, PromptReader, reads_embeddings
-from vqt2i.generation.rerank import Scorer, caption_scores, clip_scores, combine
+from vqt2i.generation.rerank import Scorer, caption_scores, combine, embedding_scores
+from vqt2i.generation.rows import Mixed
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig
+from vqt2i.gpt import GPT, Condition, GPTConfig
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text, load_tokenizer
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 PARTS = ("text", "vq", "gpt", "clip")
 PIPELINE = "pipeline.yaml"
-ROWS_AT_ONCE = 64  # images decoded or scored together: bounds the memory, changes no result
+Offload = Literal["auto", "never", "always"]
 GREY = 128
 
 
@@ -48,7 +60,7 @@ class Sample:
     """A picture with what made it; notebooks show it as a picture.
 
     image_HW3: uint8 RGB. image_ids_HW: its codes. scores: by scorer, higher is better; empty if nothing was scored.
-    n_truncated: prompt ids that the model could not read.
+    n_truncated: prompt ids that the model could not read. n_passes: of the GPT that it took, its prompt's included.
     """
 
     prompt: str
@@ -59,6 +71,7 @@ class Sample:
     image_ids_HW: np.ndarray = field(repr=False)
     n_truncated: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    n_passes: int = 0
 
     @property
     def image(self) -> Image.Image:
@@ -67,6 +80,16 @@ class Sample:
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self.image)
+
+
+class Mix(NamedTuple):
+    """Another text that each prompt is mixed with, and its share in (0, 1).
+
+    The prompt's logits become (1 - share) · its own + share · the text's, and its scores likewise.
+    """
+
+    text: str
+    share: float
 
 
 class Preview(NamedTuple):
@@ -78,6 +101,26 @@ class Preview(NamedTuple):
 
     jobs: Sequence[Job]
     images: Callable[[], np.ndarray]
+
+
+class _Asked(NamedTuple):
+    """What pictures were asked for, `count` of each prompt. scorer: None leaves them unscored."""
+
+    prompts: Sequence[Prompt]
+    count: int
+    scorer: Scorer | None
+    sampling: SamplingConfig
+    negative: Condition | None
+    mixed: Mixed | None
+    mix: Mix | None  # what `mixed` was read from
+    seed: int
+
+
+class _Drawn(NamedTuple):
+    """An image's ids, (height, width), and the passes of the GPT that it took."""
+
+    ids_HW: Tensor
+    n_passes: int
 
 
 def pipeline_folders(folder: Path) -> dict[str, Path | None]:
@@ -92,26 +135,71 @@ def pipeline_folders(folder: Path) -> dict[str, Path | None]:
 
 
 class TextToImage:
-    """The four parts and how to sample from them. `clip` may be None."""
+    """The four parts and how to sample from them. `clip` may be None.
+
+    Attributes:
+        memory: bytes that weights and drawing may take of the GPT's device; None is what is free.
+        away: those of `vq` and `clip` that are on the CPU and come to that device only while they work.
+    """
 
     def __init__(
-        self, text: TextTokenizer, vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, config: PipelineConfig
+        self,
+        text: TextTokenizer,
+        vq: ImageTokenizer,
+        gpt: GPT,
+        clip: CLIP | None,
+        config: PipelineConfig,
+        engine: Engine | None = None,
     ) -> None:
+        """engine: None is what `Engine` chooses where the GPT is."""
         self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
+        self.engine = engine or Engine("auto", "auto", gpt.device)
+        self.memory: int | None = None
+        self.away: tuple[nn.Module, ...] = ()
+        self.gpt_folder: Path | None = None  # where it was loaded from: its card says what it was trained on
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "auto") -> "TextToImage":
+    def load(
+        cls,
+        folder: Path | str,
+        device: str = "auto",
+        *,
+        engine: EngineName = "auto",
+        precision: PrecisionName = "auto",
+        memory_gb: float | None = None,
+        offload: Offload = "auto",
+    ) -> "TextToImage":
         """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` (optional) and `pipeline.yaml`.
+
+        Args:
+            engine: how the GPT decodes, which changes its speed only; "auto" is what ends a job soonest.
+            precision: of the GPT's products; lower ones are faster and draw other pictures. "auto" is fp32 on CPUs.
+            memory_gb: the most that weights and drawing may take of the device; None is four fifths of what is free.
+            offload: whether image tokenizer and scorer wait on the CPU while the GPT draws. "auto": where a full batch
+                would not fit beside them.
 
         Raises:
             CheckpointError: a part is missing or damaged, or does not belong with the others.
+            ConfigError: no engine or precision of this name, or not on this device.
         """
         folders = pipeline_folders(Path(folder))
-        return cls.from_parts(folders, load_config(PipelineConfig, Path(folder) / PIPELINE), device)
+        config = load_config(PipelineConfig, Path(folder) / PIPELINE)
+        placement = {"engine": engine, "precision": precision, "memory_gb": memory_gb, "offload": offload}
+        return cls.from_parts(folders, config, device, **placement)
 
     @classmethod
-    def from_parts(cls, folders: dict[str, Path | None], config: PipelineConfig, device: str = "auto") -> "TextToImage":
-        """Load parts from a folder each (None for no `clip`) and check that they belong together."""
+    def from_parts(
+        cls,
+        folders: dict[str, Path | None],
+        config: PipelineConfig,
+        device: str = "auto",
+        *,
+        engine: EngineName = "auto",
+        precision: PrecisionName = "auto",
+        memory_gb: float | None = None,
+        offload: Offload = "auto",
+    ) -> "TextToImage":
+        """Load parts from a folder each (None for no `clip`) and check that they belong together; see `load`."""
         text = load_tokenizer(folders["text"])
         vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
         gpt = load_model(folders["gpt"], GPTConfig, GPT)
@@ -141,7 +229,31 @@ class TextToImage:
                                       "put that one beside it")  # fmt: skip
             require_same("scorer", folders["gpt"], found=clip.fingerprint, expected=encoder, hint=hint)
         place = pick_device(device)
-        return cls(text, vq.to(place), gpt.to(place), clip.to(place) if clip else None, config)
+        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place))
+        pipeline.gpt_folder = folders["gpt"]
+        pipeline.place(place, None if memory_gb is None else int(memory_gb * 1e9), offload)
+        return pipeline
+
+    def place(self, device: torch.device, memory: int | None = None, offload: Offload = "auto") -> None:
+        """Move the parts to `device`, but those that are to wait on the CPU; see `load`. memory: in bytes.
+
+        Raises:
+            ResourceError: the GPT itself is more than fits.
+        """
+        self.memory, weights = memory, weight_bytes(self.gpt, self.vq, self.clip)
+        if device.type != "cpu":
+            room, needed = room_on(device, 0, memory), weight_bytes(self.gpt)
+            if needed > room:
+                raise ResourceError(f"the GPT's weights need {gigabytes(needed)}, {gigabytes(room)} are free on "
+                                    f"{device}; free some, allow more (--memory), or take another device")  # fmt: skip
+            batch = decoding_needs(self.gpt, self.config.sampling, count=1).of(ROWS_AT_ONCE)
+            crowded = weights + batch > room
+        else:
+            crowded = False  # away is where they are
+        parts = [part for part in (self.vq, self.clip) if part is not None]
+        self.away = tuple(parts) if offload == "always" or (offload == "auto" and crowded) else ()
+        for part in (self.gpt, *parts):
+            part.to("cpu" if part in self.away else device)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -164,6 +276,8 @@ class TextToImage:
         rerank: int | None = None,
         scorer: Scorer | None = None,
         sampling: SamplingConfig | None = None,
+        negative: str | None = None,
+        mix: Mix | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
@@ -179,13 +293,15 @@ class TextToImage:
             scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption"; "clip" where the GPT
                 reads no text.
             sampling: guidance, temperature and so on; None is the pipeline's own.
-            on_token: called after each decoding step with the number of images that got a token.
+            negative: what guidance leads away from; None is the null condition, of no text.
+            mix: a second text that the pictures show something of too.
+            on_token: called after each decoding step with the number of tokens that were drawn.
             on_preview: called after each decoding step with a `Preview`; it costs something where its images are asked
                 for, which need not be at every step.
 
         Raises:
-            PromptError: numbers out of range, a scorer that the pipeline does not have, or a prompt of a kind that its
-                GPT does not read.
+            PromptError: numbers out of range, a scorer that the pipeline does not have, a prompt of a kind that its GPT
+                does not read, or a negative or mixed-in text that could not be read to its end or by nothing.
         """
         if n < 1:
             raise PromptError(f"number of pictures: found {n}, expected 1 or more")
@@ -193,7 +309,7 @@ class TextToImage:
             raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
         groups = self.stream(
             prompts, n if rerank is None else rerank, scorer=scorer, scored=rerank is not None,
-            sampling=sampling, seed=seed, on_token=on_token, on_preview=on_preview,
+            sampling=sampling, negative=negative, mix=mix, seed=seed, on_token=on_token, on_preview=on_preview,
         )  # fmt: skip
         return [sample for group in groups for sample in group[:n]]
 
@@ -206,24 +322,30 @@ class TextToImage:
         prompts: Prompt | Sequence[Prompt],
         count: int,
         *,
-        first: int = 0,
+        indices: Sequence[int] | None = None,
         scorer: Scorer | None = None,
         scored: bool = True,
         sampling: SamplingConfig | None = None,
+        negative: str | None = None,
+        mix: Mix | None = None,
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
     ) -> Iterator[list[Sample]]:
         """All `count` pictures of each prompt, as they are drawn: ranked best first if `scored`, else in drawing order.
 
-        Holds max(`count`, ROWS_AT_ONCE) pictures at once, however many prompts there are. A picture depends on the
-        seed, its prompt's index and its own only, so that drawing may go on at any prompt.
+        Batches are full whatever `count` is, and as large as memory lets them be, up to ROWS_AT_ONCE images; a prompt
+        comes as soon as its last picture is there. However many prompts there are, one batch of pictures is held at
+        once, or one prompt's. A picture depends on the seed, its prompt's index and its own only, and its scores
+        on those of its prompt, so that drawing may go on at any prompt, and in several processes.
 
         Args:
-            first: index of the prompt to begin with.
+            indices: of the prompts to draw, in this order; None is all.
+            on_token: see `generate`; called with a negative number where a batch is drawn again in smaller ones.
 
         Raises:
             PromptError: at the call, before anything is drawn, for what `generate` raises it.
+            ResourceError: at the call, too little memory for a single image; later, what was free then is gone.
         """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
@@ -235,105 +357,217 @@ class TextToImage:
         if scored and scorer != "caption" and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
+        sampling = sampling or self.config.sampling
         prompts = [prompts] if isinstance(prompts, str | Picture) else prompts
         prompts = [clean_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         for prompt in prompts:
             self._reader.require_readable(prompt)
-        at_once = max(1, ROWS_AT_ONCE // count)
-        # the parts lie alike whatever the first is: in another batch a score may differ in its last bit
-        starts = range(first - first % at_once, len(prompts), at_once) if first < len(prompts) else ()
-        parts = (range(start, min(start + at_once, len(prompts))) for start in starts)
-        draw = partial(
-            self._draw, prompts, count=count, scorer=scorer if scored else None,
-            sampling=sampling or self.config.sampling, seed=seed, on_token=on_token, on_preview=on_preview,
-        )  # fmt: skip
-        return (group for indices in parts for group in draw(indices) if group[0].prompt_index >= first)
+        beside = self._beside(negative, mix, sampling)
+        asked = _Asked(prompts, count, scorer if scored else None, sampling, *beside, mix, seed)
+        indices = range(len(prompts)) if indices is None else indices
+        budget = self._budget(asked)
+        return self._groups(asked, indices, budget, self._batches(asked, indices, budget, on_token, on_preview))
 
     @property
     def _reader(self) -> PromptReader:
         return PromptReader(self.text, self.gpt, self.clip, self.vq.config.image_size_px)
 
-    def _draw(
+    def _beside(
+        self, negative: str | None, mix: Mix | None, sampling: SamplingConfig
+    ) -> tuple[Condition | None, Mixed | None]:
+        led_from = self._whole("negative prompt", negative) if negative else None
+        if led_from and not sampling.guided_tokens(self.gpt.layout.image_length):
+            start, end = sampling.guidance_interval
+            raise PromptError(f"negative prompt {negative[:40]!r}: guidance {sampling.guidance:g} from {start:g} to "
+                              f"{end:g} of an image acts on no token, so nothing would read it; expected a guidance "
+                              "other than 1")  # fmt: skip
+        if mix and not 0 < mix.share < 1:
+            raise PromptError(f"share of {mix.text[:40]!r}: found {mix.share:g}, expected more than 0 and less than 1")
+        return led_from, Mixed(self._whole("mixed-in text", mix.text), mix.share) if mix else None
+
+    def _whole(self, what: str, text: str) -> Condition:
+        """What is read of a text that all prompts share, which is worth a complaint where it is too long."""
+        text, reader = clean_text(text), self._reader
+        reader.require_readable(text)
+        if n_unread := reader.n_unread(text):
+            limit = reader.most_ids
+            raise PromptError(f"{what} {text[:40]!r}: {limit + n_unread} ids, the model reads {limit}; expected a "
+                              "shorter one")  # fmt: skip
+        return reader.condition(text)
+
+    def _budget(self, asked: _Asked) -> Budget:
+        scorer = asked.scorer
+        clip = self.clip if scorer in ("clip", "both") else None
+        finishing = finishing_needs(self.vq, self.gpt, clip, scorer in ("caption", "both"))
+        visiting = weight_bytes(*(part for part in self.away if part in (self.vq, clip)))
+        finishing = finishing._replace(fixed=finishing.fixed + visiting)
+        at_home = weight_bytes(self.gpt, *(part for part in (self.vq, self.clip) if part not in self.away))
+        room = room_on(self.gpt.device, at_home, self.memory)
+        decoding = decoding_needs(self.gpt, asked.sampling, asked.count, mixed=asked.mixed is not None)
+        return Budget(self.gpt.device, decoding, finishing, room)
+
+    def _batches(
         self,
-        prompts: Sequence[Prompt],
+        asked: _Asked,
         indices: Sequence[int],
-        *,
-        count: int,
-        scorer: Scorer | None,
-        sampling: SamplingConfig,
-        seed: int,
+        budget: Budget,
         on_token: Callable[[int], None] | None,
         on_preview: Callable[[Preview], None] | None,
-    ) -> list[list[Sample]]:
-        """The candidates of the prompts of these indices, all drawn together."""
-        reader, asked = self._reader, [prompts[p] for p in indices]
-        asked_BE = reader.embed(asked) if reads_embeddings(self.gpt) or scorer in ("clip", "both") else None
-        conditions = zip(indices, reader.conditions(asked, asked_BE), strict=True)
-        jobs = [Job(condition, p, i) for p, condition in conditions for i in range(count)]
+    ) -> Iterator[dict[Job, _Drawn]]:
+        """Batches of images."""
+        n_tokens, n_passes = 0, {}
+
+        def count_tokens(n: int) -> None:
+            nonlocal n_tokens
+            n_tokens += n
+            if on_token:
+                on_token(n)
 
         def on_partial(part: Sequence[Job], ids_BI: Callable[[], Tensor]) -> None:
-            on_preview(Preview(part, lambda: self._decode_part(ids_BI())))
+            on_preview(Preview(part, lambda: self._decode_part(ids_BI(), budget.finished)))
 
-        ids_BHW = decode_image_ids(
-            self.gpt, jobs, sampling, seed, on_token=on_token, on_partial=on_partial if on_preview else None
-        )
-        image_B3HW = self._decode(ids_BHW)
-        if asked_BE is not None:
-            asked_BE = asked_BE.repeat_interleave(count, dim=0)
-        scores = self._score(scorer, image_B3HW, ids_BHW, jobs, asked_BE) if scorer else {}
-        pictures = to_uint8(image_B3HW)
-        groups = []
-        for start in range(0, len(jobs), count):
-            rows = slice(start, start + count)
-            ranking = {name: values[rows] for name, values in scores.items()}
-            if len(ranking) > 1:
-                ranking["both"] = combine(ranking)
-            # copies: a view would keep the pictures of the whole part for as long as one of them is kept
-            prompt = asked[start // count]
-            name, n_truncated = prompt if isinstance(prompt, str) else prompt.name, reader.n_unread(prompt)
-            group = [
-                Sample(
-                    name, job.prompt_index, job.image_index, seed, pictures[row].copy(), ids_BHW[row].numpy().copy(),
-                    n_truncated,
-                    {name: float(values[job.image_index]) for name, values in ranking.items()},
-                )
-                for row, job in enumerate(jobs[rows], start)
-            ]  # fmt: skip
-            groups.append(sorted(group, key=lambda s: -s.scores[scorer]) if scorer else group)
-        return groups
+        packer = Packer(indices, partial(self._first_job, asked), asked.count)
+        start = self.engine.start(self.gpt, asked.count * len(indices))
+        while jobs := packer.take(budget.rows):
+            decode = partial(
+                decode_image_ids, self.engine.gpt(self.gpt), jobs, asked.sampling, asked.seed, start=start,
+                rows_at_once=len(jobs), on_token=count_tokens, on_partial=on_partial if on_preview else None,
+                on_passes=n_passes.__setitem__,
+            )  # fmt: skip
+            n_tokens, ids_BHW = 0, None
+            with suppress(torch.OutOfMemoryError):
+                ids_BHW = budget.watch(len(jobs), decode)
+            if ids_BHW is None:  # here the failed call's tensors are gone
+                count_tokens(-n_tokens)
+                budget.ran_out(len(jobs))
+                packer.give_back(jobs)
+            else:
+                yield {job: _Drawn(ids, n_passes.pop(job)) for job, ids in zip(jobs, ids_BHW, strict=True)}
+
+    def _first_job(self, asked: _Asked, prompt_index: int) -> Job:
+        condition = self._reader.condition(asked.prompts[prompt_index])
+        return Job(condition, prompt_index, 0, asked.negative, asked.mixed)
+
+    def _groups(
+        self, asked: _Asked, indices: Sequence[int], budget: Budget, batches: Iterator[dict[Job, _Drawn]]
+    ) -> Iterator[list[Sample]]:
+        """Candidates prompt by prompt, in the order of `indices`."""
+        drawn: dict[int, dict[Job, _Drawn]] = defaultdict(dict)
+        waiting = deque(indices)
+        for batch in batches:
+            for job, image in batch.items():
+                drawn[job.prompt_index][job] = image
+            whole = []
+            while waiting and len(drawn[waiting[0]]) == asked.count:
+                whole.append(waiting.popleft())
+            if whole:
+                with self._at_work(self.vq, self.clip if asked.scorer in ("clip", "both") else None):
+                    groups = [self._finish(asked, drawn.pop(p), budget) for p in whole]
+                yield from groups
+
+    def _finish(self, asked: _Asked, drawn: dict[Job, _Drawn], budget: Budget) -> list[Sample]:
+        """Pictures and scores of all candidates of a prompt, together with no others', so that they are always equal.
+
+        (Where memory is too small for FINISHED_AT_ONCE of them, the last bits may differ.)
+        """
+        jobs = sorted(drawn, key=lambda job: job.image_index)
+        ids_BHW = torch.stack([drawn[job].ids_HW for job in jobs])
+        pictures, scores, start = [], defaultdict(list), 0
+        prompt = asked.prompts[jobs[0].prompt_index]
+        while start < len(jobs):
+            part_BHW = ids_BHW[start : start + budget.finished]
+            done = None
+            with suppress(torch.OutOfMemoryError):
+                image_B3HW = self._decode(part_BHW, budget.finished)
+                done = self._score(asked.scorer, image_B3HW, part_BHW, prompt, asked.mix) if asked.scorer else {}
+            if done is None:
+                budget.ran_out_finishing(len(part_BHW))
+                continue
+            start += len(part_BHW)
+            pictures.extend(to_uint8(image_B3HW))
+            for name, score_B in done.items():
+                scores[name].append(score_B)
+        ranking = {name: torch.cat(parts) for name, parts in scores.items()}
+        if len(ranking) > 1:
+            ranking["both"] = combine(ranking)
+        n_truncated = self._reader.n_unread(prompt)
+        # copies: a view would keep all pictures for as long as one of them is kept
+        group = [
+            Sample(
+                prompt_name(prompt), job.prompt_index, job.image_index, asked.seed, pictures[i].copy(),
+                ids_BHW[i].numpy().copy(), n_truncated, {name: float(values[i]) for name, values in ranking.items()},
+                drawn[job].n_passes,
+            )
+            for i, job in enumerate(jobs)
+        ]  # fmt: skip
+        return sorted(group, key=lambda s: -s.scores[asked.scorer]) if asked.scorer else group
+
+    @contextmanager
+    def _at_work(self, *parts: nn.Module | None) -> Iterator[None]:
+        """Have those of the parts that are kept away on the GPT's device meanwhile."""
+        visitors = [part for part in parts if part in self.away]
+        try:
+            for part in visitors:
+                part.to(self.gpt.device)
+            yield
+        finally:
+            for part in visitors:
+                part.to("cpu")
 
     @torch.inference_mode()
-    def _decode(self, ids_BHW: Tensor) -> Tensor:
-        device = next(self.vq.parameters()).device
-        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(ROWS_AT_ONCE)])
+    def _decode(self, ids_BHW: Tensor, at_once: int) -> Tensor:
+        device = self.gpt.device
+        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(at_once)])
 
-    def _decode_part(self, ids_BI: Tensor) -> np.ndarray:
+    def _decode_part(self, ids_BI: Tensor, at_once: int) -> np.ndarray:
         """Pictures (B, height, width, 3) of the first ids of each image; grey where there are none yet."""
         layout, n_drawn = self.gpt.layout.config, ids_BI.shape[1]
         rows, columns = layout.grid_height, layout.grid_width
         # the rest is painted over, but the decoder mixes it into its neighbours: the last id is like them
         rest_BI = ids_BI[:, -1:].expand(-1, rows * columns - n_drawn)
         ids_BHW = torch.cat((ids_BI, rest_BI), dim=1).reshape(-1, rows, columns)
-        image_BHW3 = to_uint8(self._decode(ids_BHW))
+        with self._at_work(self.vq):
+            image_BHW3 = to_uint8(self._decode(ids_BHW, at_once))
         cell_px = image_BHW3.shape[1] // rows
-        missing_HW = (np.arange(rows * columns) >= n_drawn).reshape(rows, columns)
+        missing = (np.arange(rows * columns) >= n_drawn).reshape(rows, image_BHW3.shape[2] // cell_px, -1)
+        missing_HW = missing.any(-1)  # a cell of several ids is there with the last of them
         image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
         return image_BHW3
 
     def _score(
-        self,
-        scorer: Scorer,
-        image_B3HW: Tensor,
-        ids_BHW: Tensor,
-        jobs: Sequence[Job],
-        asked_BE: Tensor | None,
+        self, scorer: Scorer, image_B3HW: Tensor, ids_BHW: Tensor, prompt: Prompt, mix: Mix | None = None
     ) -> dict[str, Tensor]:
-        scores: dict[str, list[Tensor]] = {}
-        for start in range(0, len(jobs), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            if scorer in ("clip", "both"):
-                scores.setdefault("clip", []).append(clip_scores(self.clip, image_B3HW[rows], asked_BE[rows]))
-            if scorer in ("caption", "both"):
-                texts = [job.condition for job in jobs[rows]]
-                scores.setdefault("caption", []).append(caption_scores(self.gpt, ids_BHW[rows], texts))
-        return {name: torch.cat(parts) for name, parts in scores.items()}
+        """Scores of candidates of a prompt, or the mean of its and of the text's that is mixed in."""
+        if mix:
+            own, other = (self._score(scorer, image_B3HW, ids_BHW, asked) for asked in (prompt, clean_text(mix.text)))
+            return {name: torch.lerp(own[name], other[name], mix.share) for name in own}
+        scores = {}
+        if scorer in ("clip", "both"):
+            asked_E = self._reader.embed(prompt)
+            scores["clip"] = embedding_scores(self.engine.clip(self.clip), image_B3HW, asked_E)
+        if scorer in ("caption", "both"):
+            texts = [self.text.encode(prompt)] * len(ids_BHW)
+            scores["caption"] = caption_scores(self.engine.gpt(self.gpt), ids_BHW, texts)
+        return scores
+
+    def caption(
+        self,
+        images: Sequence[np.ndarray | Image.Image],
+        *,
+        n: int = 1,
+        how: BeamConfig | DrawConfig | None = None,
+        seed: int = 0,
+    ) -> list[list[ImageCaption]]:
+        """The best `n` texts of each image, best first; several images are read together.
+
+        Args:
+            images: uint8 (height, width, 3), or as Pillow has them; cropped and resized as for training.
+            how: by a beam search (None: with its defaults), or drawn from `seed`.
+
+        Raises:
+            PromptError: a number out of range. DataError: not an image. CheckpointError: the GPT never learned to.
+        """
+        if self.gpt_folder is not None:
+            require_reads_images(self.gpt_folder, read_card(self.gpt_folder))
+        with self._at_work(self.vq):
+            return caption_images(self.text, self.vq, self.gpt, images, n=n, how=how or BeamConfig(), seed=seed)

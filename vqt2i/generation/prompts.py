@@ -36,6 +36,11 @@ class Picture:
             raise PromptError(f"{path}: {told}; expected an image file") from error
 
 
+def prompt_name(prompt: "str | Picture") -> str:
+    """What stands for a prompt in records and labels."""
+    return prompt if isinstance(prompt, str) else prompt.name
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a UTF-8 file, one on each line that is not blank.
 

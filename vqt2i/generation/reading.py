@@ -1,9 +1,8 @@
 """From prompts to what a GPT reads before an image, whatever its kind, and to what a scorer compares with.
 
-B batch (prompts), E width of a scorer's embeddings
+E width of a scorer's embeddings
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,31 +45,34 @@ class PromptReader:
                 raise PromptError(f"prompt {prompt!r}: expected {expected}")
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[Prompt]) -> Tensor:
-        """The scorer's embedding of each prompt, (B, E)."""
-        texts = [self.text.encode(prompt) for prompt in prompts if isinstance(prompt, str)]
-        text_BE = iter(embed_texts(self.clip, texts) if texts else ())
-        return torch.stack([next(text_BE) if isinstance(p, str) else self._embed_picture(p) for p in prompts])
-
-    def _embed_picture(self, picture: Picture) -> Tensor:
+    def embed(self, prompt: Prompt) -> Tensor:
+        """The scorer's embedding of a prompt, (E,)."""
+        if isinstance(prompt, str):
+            return embed_texts(self.clip, [self.text.encode(prompt)])[0]
         # as training saw it: at the size of the images that are drawn
-        pixels = to_tensor(fit_square(picture.image_HW3, self.size_px))
-        return embed_images(self.clip, pixels[None].to(self.gpt.device))[0]
+        pixels = to_tensor(fit_square(prompt.image_HW3, self.size_px))
+        return embed_images(self.clip, pixels[None].to(next(self.clip.parameters()).device))[0]
 
-    def conditions(self, prompts: Sequence[Prompt], asked_BE: Tensor | None) -> list[Condition]:
-        """What the GPT reads of each prompt; `asked_BE` is `embed` of them, for a GPT that reads embeddings."""
+    def condition(self, prompt: Prompt) -> Condition:
+        """What the GPT reads of a prompt."""
         if self.gpt.layout.reads_text:
-            return [tuple(self.text.encode(prompt)) for prompt in prompts]
+            return tuple(self.text.encode(prompt))
         if not reads_embeddings(self.gpt):
-            return [int(prompt or 0) for prompt in prompts]
-        moved_BE = shifted_texts(asked_BE, self.gpt.reader.text_shift)
-        rows = zip(prompts, asked_BE.cpu(), moved_BE.cpu(), strict=True)
-        read = [moved if isinstance(prompt, str) else asked for prompt, asked, moved in rows]
-        return [Vectors(1, vector_E.numpy().tobytes()) for vector_E in read]
+            return int(prompt or 0)
+        asked_E = self.embed(prompt).cpu()
+        if isinstance(prompt, str):
+            asked_E = shifted_texts(asked_E, self.gpt.reader.text_shift.cpu())
+        return Vectors(1, asked_E.numpy().tobytes())
+
+    @property
+    def most_ids(self) -> int | None:
+        """How many ids of a prompt are read; None where it is no text."""
+        if isinstance(self.gpt.config.condition, LabelCondition):
+            return None
+        return self.clip.config.text_length if reads_embeddings(self.gpt) else self.gpt.layout.config.text_length
 
     def n_unread(self, prompt: Prompt) -> int:
         """How many ids at a prompt's end do not fit what reads them."""
-        if isinstance(prompt, Picture) or isinstance(self.gpt.config.condition, LabelCondition):
+        if isinstance(prompt, Picture) or self.most_ids is None:
             return 0
-        limit = self.clip.config.text_length if reads_embeddings(self.gpt) else self.gpt.layout.config.text_length
-        return max(0, len(self.text.encode(prompt)) - limit)
+        return max(0, len(self.text.encode(prompt)) - self.most_ids)

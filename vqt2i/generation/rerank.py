@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vqt2i.clip import CLIP, embed_images
+from vqt2i.clip import CLIP, embed_images, embed_texts
 from vqt2i.gpt import GPT, caption_log_probability
 from vqt2i.text import pad_texts
 
@@ -17,8 +17,14 @@ Scorer = Literal["clip", "caption", "both"]
 
 
 @torch.inference_mode()
-def clip_scores(clip: CLIP, image_B3HW: Tensor, asked_BE: Tensor) -> Tensor:
-    """Cosine of each image (in [-1, 1]) with the embedding of what was asked for, (B,)."""
+def clip_scores(clip: CLIP, image_B3HW: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Cosine of each image (in [-1, 1]) with its text, (B,). Equal texts are read once."""
+    return embedding_scores(clip, image_B3HW, embed_texts(clip, texts))
+
+
+@torch.inference_mode()
+def embedding_scores(clip: CLIP, image_B3HW: Tensor, asked_BE: Tensor) -> Tensor:
+    """Cosine of each image (in [-1, 1]) with the embedding of what was asked for, (B,) or one for all."""
     return (embed_images(clip, image_B3HW.to(asked_BE.device)) * asked_BE).sum(-1).cpu()
 
 

@@ -79,7 +79,7 @@ class SplitHead(nn.Linear):
 
 
 class GPT(nn.Module):
-    """`forward` for whole sequences, `prefill` and `step` for decoding with a cache: three paths, equal logits."""
+    """`forward` for whole sequences; `prefill`, then `step` or `step_text`, with a cache: every path, equal logits."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -141,6 +141,12 @@ class GPT(nn.Module):
         """Where the weights are."""
         return self.embedding.weight.device
 
+    @property
+    def cached_dtype(self) -> torch.dtype:
+        """That of keys and values, as of all activations: the weights', or autocast's where it is on."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.weight.dtype
+
     def forward(self, sequences: Sequences) -> Tensor:
         """Last hidden states (B, L, D) of whole sequences; `text_logits` and `image_logits` score slices of them."""
         x_BLD, cos_sin = self.embed(sequences)
@@ -154,23 +160,20 @@ class GPT(nn.Module):
         """Scores of the image ids, (B, L, n_image_ids)."""
         return self.head(hidden_BLD, slice(self.layout.first_image_id, None))
 
-    def prefill(self, prefix: Sequences) -> tuple[Tensor, PrefixCache]:
-        """Read a prefix (by the `reader`) into a new cache.
+    def prefill(self, prefix: Sequences, *, reversed_order: bool = False) -> tuple[Tensor, PrefixCache]:
+        """Read a prefix into a new cache: by the `reader`, or in the reversed order `layout.image_prefix`.
 
-        Returns the image logits after it, (B, n_image_ids), and the cache.
+        Returns the logits after it, (B, n_image_ids) or in the reversed order (B, n_text_ids + 1), and the cache.
         """
         x_BLD, cos_sin = self.embed(prefix)
-        # keys and values have the activations' dtype: that of the weights, or of autocast where it is on
-        device = x_BLD.device
-        on = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if on else x_BLD.dtype
-        cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], device, dtype)
+        cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], x_BLD.device, self.cached_dtype)
         hidden = self.transformer(
-            x_BLD, mask_B1LK=prefix.causal_mask(), causal=True, cos_sin=cos_sin, cache=cache
+            x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache
         )
-        if device.type == "cpu":  # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
+        if x_BLD.device.type == "cpu":  # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
             cache.kv = cache.kv.float()
-        return self.image_logits(hidden[:, -1]), cache
+        score = self.text_logits if reversed_order else self.image_logits
+        return score(hidden[:, -1]), cache
 
     def step(self, image_BI: Tensor, cache: BranchedCache, n_scored: int = 1) -> Tensor:
         """Append the next image tokens (codes from 0) to every row.
@@ -179,13 +182,23 @@ class GPT(nn.Module):
 
         Returns the logits after each of the last `n_scored` of them, (B, n_scored, n_image_ids).
         """
-        first, n = cache.n_filled, image_BI.shape[1]
+        first, visible = cache.n_filled, self.visible_by_layer()
         before_B = cache.n_before_B if self.config.positions == "sequence" else None
         x_BLD, cos_sin = self.embed(self.layout.image_part(image_BI, first), before_B)
-        visible = self.visible_by_layer()
-        masks = visible and [seen[None, None, first : first + n, : first + n] for seen in visible]
+        at_L = first + torch.arange(image_BI.shape[1], device=self.device)
+        masks = visible and [seen_II[at_L][None, None] for seen_II in visible]
         hidden = self.transformer(x_BLD, mask_B1LK=masks, cos_sin=cos_sin, cache=cache)
         return self.image_logits(hidden[:, -n_scored:])
+
+    def step_text(self, text_BL: Tensor, cache: BranchedCache) -> Tensor:
+        """Append the next text ids to every row of the reversed order; as `step`.
+
+        Returns the logits after the last of them, (B, n_text_ids + 1).
+        """
+        before_B = cache.n_before_B if self.config.positions == "sequence" else None
+        x_BLD, cos_sin = self.embed(self.layout.text_part(text_BL, cache.n_filled), before_B)
+        hidden = self.transformer(x_BLD, cos_sin=cos_sin, cache=cache)  # whatever the sparsity, text sees the image
+        return self.text_logits(hidden[:, -1])
 
     def _masks(self, sequences: Sequences) -> Tensor | list[Tensor | BlockMask]:
         """What each position sees, (B, 1, L, L): one mask for all layers or one for each."""

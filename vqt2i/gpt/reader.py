@@ -26,11 +26,14 @@ class TextReader(nn.Module):
         """What stands before the images."""
         return self.layout.text_prefix(text)
 
-    def collate(self, conditions: Sequence[tuple[int, ...]], device: torch.device) -> TextBatch:
-        """Values in a batch, padded to the longest of them only: what is not there costs nothing in any step."""
-        ids = [list(text) for text in conditions]
-        longest = min(max(1, *map(len, ids)), self.layout.config.text_length)
-        return TextBatch(*(t.to(device) for t in pad_texts(ids, longest)))
+    def collate(
+        self, conditions: Sequence[tuple[int, ...]], device: torch.device, *, whole: bool = False
+    ) -> TextBatch:
+        """Values in a batch, padded to the longest of them only, for what is not there costs nothing in any step; or
+        with `whole` to the length that all have room in."""
+        ids, most = [list(text) for text in conditions], self.layout.config.text_length
+        length = most if whole else min(max(1, *map(len, ids)), most)
+        return TextBatch(*(t.to(device) for t in pad_texts(ids, length)))
 
     def values(self, text: TextBatch) -> list[tuple[int, ...]]:
         """What `collate` makes a batch of: the condition of each row."""
@@ -66,15 +69,16 @@ class VectorReader(nn.Module):
         vectors_BNC = torch.where(batch.null_B[:, None, None], null_NC, batch.vectors_BNC.to(null_NC.dtype))
         return self.layout.vector_prefix(self.projection(vectors_BNC), batch.real_BN)
 
-    def collate(self, conditions: Sequence[Vectors], device: torch.device) -> VectorBatch:
+    def collate(self, conditions: Sequence[Vectors], device: torch.device, *, whole: bool = False) -> VectorBatch:
         """As `TextReader.collate`."""
-        longest = max(vectors.n for vectors in conditions)
-        vectors_BNC = np.zeros((len(conditions), longest, self.layout.condition.width), np.float32)
+        config = self.layout.condition
+        length = config.n_vectors if whole else max(vectors.n for vectors in conditions)
+        vectors_BNC = np.zeros((len(conditions), length, config.width), np.float32)
         for row, (n, values) in enumerate(conditions):
             if values:
-                vectors_BNC[row, longest - n :] = np.frombuffer(values, np.float32).reshape(n, -1)
+                vectors_BNC[row, length - n :] = np.frombuffer(values, np.float32).reshape(n, -1)
         n_B1 = torch.tensor([[vectors.n] for vectors in conditions], device=device)
-        real_BN = torch.arange(longest, device=device) >= longest - n_B1
+        real_BN = torch.arange(length, device=device) >= length - n_B1
         null_B = torch.tensor([not vectors.values for vectors in conditions], device=device)
         return VectorBatch(torch.from_numpy(vectors_BNC).to(device), real_BN, null_B)
 
@@ -104,7 +108,7 @@ class LabelReader(nn.Module):
         """As `TextReader.forward`."""
         return self.layout.label_prefix(label_B)
 
-    def collate(self, conditions: Sequence[int], device: torch.device) -> Tensor:
+    def collate(self, conditions: Sequence[int], device: torch.device, *, whole: bool = False) -> Tensor:
         """As `TextReader.collate`."""
         return torch.tensor(list(conditions), device=device)
 

@@ -203,10 +203,10 @@ class SequenceLayout:
         positions = torch.zeros(*ids_B1.shape, 3, dtype=torch.long, device=ids_B1.device)
         return Sequences(ids_B1, positions, torch.ones_like(ids_B1, dtype=torch.bool))
 
-    def image_part(self, image_BI: Tensor, first: int = 0) -> Sequences:
-        """Image codes (from 0), number `first` and those after it, as sequence ids with their positions."""
+    def image_part(self, image_BI: Tensor, first: int | Tensor = 0) -> Sequences:
+        """Image codes (from 0), number `first` (a tensor: (1,)) and those after it, as ids with their positions."""
         n = image_BI.shape[1]
-        index = torch.arange(first, first + n, device=image_BI.device)
+        index = first + torch.arange(n, device=image_BI.device)
         width = self.config.grid_width
         coordinates = torch.stack((torch.zeros_like(index), index // width + 1, index % width + 1), dim=-1)
         positions = coordinates.expand(image_BI.shape[0], n, 3)
@@ -221,22 +221,31 @@ class SequenceLayout:
         """text → image, length `length`."""
         return self.text_prefix(text).then(self.image_part(image_BI))
 
+    def image_prefix(self, image_BI: Tensor) -> Sequences:
+        """I2T image BOT: what stands before the text in the order image → text."""
+        image = self.image_part(image_BI)
+        mark_B1 = torch.ones_like(image_BI[:, :1])
+        zero = torch.zeros_like(image.positions_BLA[:, :1])
+        return Sequences(
+            torch.cat((mark_B1 * self.i2t, image.ids_BL, mark_B1 * self.bot), dim=1),
+            torch.cat((zero, image.positions_BLA, zero), dim=1),
+            torch.cat((mark_B1.bool(), image.real_BL, mark_B1.bool()), dim=1),
+        )
+
+    def text_part(self, text_BL: Tensor, first: int = 0) -> Sequences:
+        """Text ids or EOT, number `first` behind an image and those after it, with their positions."""
+        positions = torch.zeros(*text_BL.shape, 3, dtype=torch.long, device=text_BL.device)
+        positions[..., 0] = torch.arange(first + 1, first + 1 + text_BL.shape[1], device=text_BL.device)
+        return Sequences(text_BL, positions, torch.ones_like(text_BL, dtype=torch.bool))
+
     def join_reversed(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """image → text, length `length`."""
-        S, n_B1 = self.config.text_length, text.n_ids_B[:, None]
-        image = self.image_part(image_BI)
-        order_BL = torch.arange(S + 1, device=image_BI.device)[None].expand(len(image_BI), -1)
+        n_B1 = text.n_ids_B[:, None]
+        order_BL = torch.arange(self.config.text_length + 1, device=image_BI.device)[None].expand(len(image_BI), -1)
         inner = F.pad(text.ids_BS, (0, 1))
         ids = torch.where(order_BL < n_B1, inner, torch.where(order_BL == n_B1, self.eot, self.pad))
-        mark = torch.ones_like(image_BI[:, :1])
-        zero = torch.zeros_like(image.positions_BLA[:, :1])
-        text_positions = torch.zeros(*ids.shape, 3, dtype=torch.long, device=ids.device)
-        text_positions[..., 0] = order_BL + 1
-        return Sequences(
-            torch.cat((mark * self.i2t, image.ids_BL, mark * self.bot, ids), dim=1),
-            torch.cat((zero, image.positions_BLA, zero, text_positions), dim=1),
-            torch.cat((mark.bool(), image.real_BL, mark.bool(), order_BL <= n_B1), dim=1),
-        )
+        after = self.text_part(ids)._replace(real_BL=order_BL <= n_B1)
+        return self.image_prefix(image_BI).then(after)
 
     def text_targets(self, *, reversed_order: bool) -> slice:
         """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included)."""

@@ -91,11 +91,12 @@ def relaxed_attention(
     bits cannot hold never are. It is for products that are kept in 16 bits, as here (and costs their memory); kernels
     that keep scores in fp32, such as PyTorch's for plain attention, need none of it.
     """
-    scores = (q_BNLH * (q_BNLH.shape[-1] ** -0.5 / RELAXATION)) @ k_BNKH.mT
-    if mask_B1LK is not None:
-        scores = torch.where(mask_B1LK, scores, -torch.inf)
-    p = _relaxed(scores).softmax(-1, dtype=torch.float32).to(v_BNKH.dtype)
-    return F.dropout(p, dropout) @ v_BNKH
+    with torch.autocast(q_BNLH.device.type, enabled=False):  # it would keep the probabilities in fp32 too
+        scores = (q_BNLH * (q_BNLH.shape[-1] ** -0.5 / RELAXATION)) @ k_BNKH.mT
+        if mask_B1LK is not None:
+            scores = torch.where(mask_B1LK, scores, -torch.inf)
+        p = _relaxed(scores).softmax(-1)  # sums in fp32 inside
+        return F.dropout(p, dropout) @ v_BNKH
 
 
 def _relaxed(scores: Tensor) -> Tensor:
@@ -110,19 +111,18 @@ def attention_after_prefix(
     hidden_GP: Tensor | None,
     k_BNSH: Tensor,
     v_BNSH: Tensor,
-    seen_LS: Tensor | None = None,
+    seen_LS: Tensor | None,
     *,
     relaxed: bool = False,
 ) -> Tensor:
-    """Causal attention of rows that share prefixes, B / G rows side by side for each.
+    """Attention of rows that share prefixes, B / G rows side by side for each.
 
-    One softmax over a row's prefix and its own positions, of which the queries are the last L. The queries of a
-    prefix's rows are stacked, so that its keys and values are read once for all of them. The dtype of q is kept, the
-    computation is in that of the keys.
+    One softmax over a row's prefix and its own positions. The queries of a prefix's rows are stacked, so that its keys
+    and values are read once for all of them. The dtype of q is kept, the computation is in that of the keys.
 
     Args:
         hidden_GP: true for the padding of the prefixes; None if there is none.
-        seen_LS: true for what a query may see of its row's own positions, nothing later; None is all up to it.
+        seen_LS: true for those of its row's own positions that a query may see; None if each sees all.
         relaxed: scores as in `relaxed_attention`.
     """
     n_prefixes, n_queries, n_own = len(k_GNPH), q_BNLH.shape[2], k_BNSH.shape[2]
@@ -133,8 +133,6 @@ def attention_after_prefix(
         if hidden_GP is not None:
             shared.masked_fill_(hidden_GP[:, None, None], -torch.inf)
         own = q @ k_BNSH.mT
-        if seen_LS is None and n_queries > 1:
-            seen_LS = torch.ones(n_queries, n_own, dtype=torch.bool, device=q.device).tril(n_own - n_queries)
         if seen_LS is not None:
             own.masked_fill_(~seen_LS, -torch.inf)
         scores = torch.cat((rearrange(shared, unstack, l=n_queries), own), dim=-1)

@@ -34,6 +34,7 @@ typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
+typedef int8_t bytes __attribute__((vector_size(16)));
 
 template <class V, class T> inline V load(const T* from) {
   V v;
@@ -47,15 +48,9 @@ inline float as_float(uint32_t word) {
   std::memcpy(&x, &word, 4);
   return x;
 }
-inline uint32_t as_word(float x) {
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  return word;
-}
-inline uint16_t to_bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
-  uint32_t word = as_word(x);
-  if ((word & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+inline halves to_bf16(floats x) {  // to the nearest, ties to even
+  words word = (words)x;
+  return __builtin_convertvector((word + 0x7fff + (word >> 16 & 1)) >> 16, halves);
 }
 inline float sum(floats v) {
   v += __builtin_shuffle(v, ints{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
@@ -120,7 +115,12 @@ inline void tile(const uint32_t* x, int64_t n_words, const uint32_t* panel, type
   for (int64_t k = 0; k < n_words; k++, panel += WIDTH) {
     words w[PANEL];
     __builtin_prefetch(panel + 16 * WIDTH);
-    for (int c = 0; c < PANEL; c++) w[c] = load<words>(panel + c * LANES);
+    for (int c = 0; c < PANEL; c++) {
+      w[c] = load<words>(panel + c * LANES);
+#if defined(__AVX512F__)
+      asm("" : "+v"(w[c]));  // GCC would load it again for each row
+#endif
+    }
     for (int r = 0; r < ROWS; r++)
       for (int c = 0; c < PANEL; c++) own[r][c] = T::add(own[r][c], x[r * n_words + k], w[c]);
   }
@@ -223,34 +223,54 @@ struct Share {  // of `n` things, those of one thread
   }
 };
 
+inline floats load_some(const float* from, int count) {  // what is missing is 0
+  if (count >= LANES) return load<floats>(from);
+  floats v = {};
+  std::memcpy(&v, from, 4 * count);
+  return v;
+}
+
+template <class V, class T> inline void store_some(T* to, V v, int count) {
+  if (count >= LANES) store(to, v);
+  else std::memcpy(to, &v, sizeof(T) * count);
+}
+
 // Rows as the words that a product broadcasts; for 8 bits every row has a scale of its own.
 void pack(const Call& s, const Operation& op, const float* in, int64_t row, int64_t slot) {
   const float* x = in + row * op.n_in;
+  const int per_word = op.format == FP32 ? 1 : op.format == BF16 ? 2 : 4;
+  const int n_words = (op.n_in + per_word - 1) / per_word;
+  uint32_t* out = s.packed + slot * n_words;
+  out[n_words - 1] = 0;
   if (op.format == FP32) {
-    std::memcpy(s.packed + slot * op.n_in, x, 4 * op.n_in);
+    std::memcpy(out, x, 4 * op.n_in);
   } else if (op.format == BF16) {
-    int64_t n_words = (op.n_in + 1) / 2;
-    uint16_t* out = (uint16_t*)(s.packed + slot * n_words);
-    for (int i = 0; i < op.n_in; i++) out[i] = to_bf16(x[i]);
-    if (op.n_in % 2) out[op.n_in] = 0;
+    for (int i = 0; i < op.n_in; i += LANES)
+      store_some((uint16_t*)out + i, to_bf16(load_some(x + i, op.n_in - i)), op.n_in - i);
   } else {
-    int64_t n_words = (op.n_in + 3) / 4;
-    int8_t* out = (int8_t*)(s.packed + slot * n_words);
-    float top = 1e-20f;
-    for (int i = 0; i < op.n_in; i++) top = std::max(top, std::fabs(x[i]));
-    float scale = 127 / top;
-    int32_t total = 0;
-    for (int i = 0; i < op.n_in; i++) {
-      int32_t value = (int32_t)std::nearbyint(x[i] * scale);
-      out[i] = value, total += value;
+    floats tops = {};
+    for (int i = 0; i < op.n_in; i += LANES) {
+      floats v = load_some(x + i, op.n_in - i);
+      v = v < 0.0f ? -v : v;
+      tops = v > tops ? v : tops;
     }
-    for (int64_t i = op.n_in; i < 4 * n_words; i++) out[i] = 0;
+    float top = 1e-20f;
+    for (int i = 0; i < LANES; i++) top = std::max(top, tops[i]);
+    const floats magic = floats{} + 12582912.0f;  // adding it rounds to whole numbers
+    ints totals = {};
+    for (int i = 0; i < op.n_in; i += LANES) {
+      ints whole = __builtin_convertvector((load_some(x + i, op.n_in - i) * (127 / top) + magic) - magic, ints);
+      totals += whole;
+      store_some((int8_t*)out + i, __builtin_convertvector(whole, bytes), op.n_in - i);
+    }
+    int32_t total = 0;
+    for (int i = 0; i < LANES; i++) total += totals[i];
     s.row_scales[2 * slot] = top / 127, s.row_scales[2 * slot + 1] = (float)(128 * total);
   }
 }
 
-inline floats scaled(const Operation&, const Call&, int64_t, int64_t, floats sum) { return sum; }
-inline floats scaled(const Operation& op, const Call& s, int64_t slot, int64_t o, ints sum) {
+inline floats scaled(const Operation&, const Call&, int64_t, int, floats sum) { return sum; }
+inline floats scaled(const Operation& op, const Call& s, int64_t slot, int o, ints sum) {
   floats exact = __builtin_convertvector(sum - (int32_t)s.row_scales[2 * slot + 1], floats);
   return exact * s.row_scales[2 * slot] * load<floats>(op.scale + o);
 }
@@ -267,18 +287,13 @@ template <class T> void multiply(const Call& s, const Operation& op, int64_t n_r
       tile_of<T>(stop - start, s.packed + start * n_words, n_words, panel, sums);
       for (int64_t row = start; row < stop; row++)
         for (int c = 0; c < PANEL; c++) {
-          int64_t o = p * WIDTH + c * LANES, count = std::min<int64_t>(LANES, op.n_out - o);
+          int o = p * WIDTH + c * LANES, count = op.n_out - o;
           if (count <= 0) break;
           floats y = scaled(op, s, row, o, sums[row - start][c]);
           float* to = out + row * op.n_out + o;
-          float values[LANES];
-          store(values, y);
-          if (op.bias)
-            for (int i = 0; i < count; i++) values[i] += ((const float*)op.bias)[o + i];
-          if (op.adds)
-            for (int i = 0; i < count; i++) to[i] += values[i];
-          else
-            std::memcpy(to, values, 4 * count);
+          if (op.bias) y += load_some((const float*)op.bias + o, count);
+          if (op.adds) y += load_some(to, count);
+          store_some(to, y, count);
         }
     }
   }
@@ -380,12 +395,9 @@ void activate(const Call& s, const Operation& op) {  // gelu(x), or silu(first h
     const float *a = s.buffers[op.in] + row * op.n_in, *b = a + op.n_out;
     float* y = s.buffers[op.out] + row * op.n_out;
     for (int i = 0; i < op.n_out; i += LANES) {
-      int count = std::min(LANES, op.n_out - i);
-      floats x = {}, up = {};
-      std::memcpy(&x, a + i, 4 * count);
-      if (op.format == SWIGLU) std::memcpy(&up, b + i, 4 * count);
-      floats value = op.format == SWIGLU ? x * logistic(x) * up : gelu(x, op.format);
-      std::memcpy(y + i, &value, 4 * count);
+      int count = op.n_out - i;
+      floats x = load_some(a + i, count);
+      store_some(y + i, op.format == SWIGLU ? x * logistic(x) * load_some(b + i, count) : gelu(x, op.format), count);
     }
   }
 }
@@ -394,8 +406,8 @@ void activate(const Call& s, const Operation& op) {  // gelu(x), or silu(first h
 
 inline floats wide(const float* from) { return load<floats>(from); }
 inline floats wide(const uint16_t* from) { return (floats)(__builtin_convertvector(load<halves>(from), words) << 16); }
-inline void narrow(float* to, float x) { *to = x; }
-inline void narrow(uint16_t* to, float x) { *to = to_bf16(x); }
+inline void narrow(float* to, floats x) { store(to, x); }
+inline void narrow(uint16_t* to, floats x) { store(to, to_bf16(x)); }
 
 template <int PARTS, class C>  // PARTS: vectors of a head
 inline void score(const floats* q, const C* keys, int n, float* scores) {
@@ -425,6 +437,13 @@ inline float exponentiate(float* scores, int n) {
   return 1 / sum(total);
 }
 
+inline void turn(float* x, const float* cosine, const float* sine, int half) {  // rotary positions
+  for (int i = 0; i < half; i++) {
+    float first = x[i], second = x[i + half];
+    x[i] = first * cosine[i] - second * sine[i], x[i + half] = second * cosine[i] + first * sine[i];
+  }
+}
+
 template <int PARTS, class C> void attend(const Call& s, const Operation& op, Meeting& meeting) {
   const int H = PARTS * LANES, half = H / 2, N = s.n_heads, D = N * H;
   const float* gains = (const float*)op.weight;
@@ -439,16 +458,13 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
       if (gains) rms_norm(q, q, gains, H, op.eps), rms_norm(k, k, gains + H, H, op.eps);
       if (s.cos_sin) {
         const float *cosine = s.cos_sin + position * H, *sine = cosine + half;
-        for (float* x : {q, k})
-          for (int i = 0; i < half; i++) {
-            float first = x[i], second = x[i + half];
-            x[i] = first * cosine[i] - second * sine[i], x[i + half] = second * cosine[i] + first * sine[i];
-          }
+        turn(q, cosine, sine, half), turn(k, cosine, sine, half);
       }
       for (int i = 0; i < H; i++) q[i] *= 1 / std::sqrt((float)H);
       C* own = (C*)b.own + ((op.layer * 2 * b.n_rows + sequence) * N + n) * b.capacity * H + position * H;
       C* own_values = own + (int64_t)b.n_rows * N * b.capacity * H;
-      for (int i = 0; i < H; i++) narrow(own + i, k[i]), narrow(own_values + i, v[i]);
+      for (int i = 0; i < H; i += LANES)
+        narrow(own + i, load<floats>(k + i)), narrow(own_values + i, load<floats>(v + i));
     }
   }
   meeting.wait();

@@ -67,8 +67,9 @@ class NativeTransformer(nn.Module):
     """Does what a `Transformer` does, in a precision. It follows no later change of the weights.
 
     fp32 gives what the transformer gives within rounding. bf16 rounds matrices, their inputs, keys and values to bf16.
-    int8 rounds each row of a matrix and of its inputs to 8 bits by a scale of its own, and keys and values to bf16.
-    Sums are fp32 or whole numbers. What comes out of a row does not depend on the rows beside it, bit by bit.
+    int8 rounds each row of a matrix and of its inputs to 8 bits by a scale of its own, and keys and values to bf16; of
+    whole sequences both keep keys and values in fp32. Sums are fp32 or whole numbers. What comes out of a row does not
+    depend on the rows beside it, bit by bit.
 
     Args:
         visible: for each layer which of a row's own positions each of them may see, (I, I); None is all before it.
@@ -88,10 +89,10 @@ class NativeTransformer(nn.Module):
         super().__init__()
         device = next(transformer.parameters()).device
         if device.type != "cpu":
-            raise ConfigError(f"engine native: the model is on {device}, expected cpu; take engine plain")
+            raise ConfigError(f"the model is on {device}, expected cpu; take the engine plain or compiled")
         if config.head_width not in HEAD_WIDTHS:
-            raise ConfigError(f"engine native: heads are {config.head_width} wide, expected one of "
-                              f"{', '.join(map(str, HEAD_WIDTHS))}; take engine plain")  # fmt: skip
+            raise ConfigError(f"heads are {config.head_width} wide, expected one of "
+                              f"{', '.join(map(str, HEAD_WIDTHS))}; take the engine plain")  # fmt: skip
         self.config, self.precision, self.visible = config, precision, visible
         self.cache_format: NativePrecision = "fp32" if precision == "fp32" else "bf16"
         self._library, self._transformer = load_library("native.cpp"), [transformer]  # in a list: no submodule
@@ -117,9 +118,9 @@ class NativeTransformer(nn.Module):
         self._reserve(batch * length)
         self._buffers[RESIDUAL][: batch * length] = x_BLD.flatten(0, 1)
         # keys and values of one layer: the next one writes over them
-        kv = torch.empty(2, batch, config.n_heads, length, config.head_width, dtype=DTYPES[self.cache_format])
+        kv = torch.empty(2, batch, config.n_heads, length, config.head_width)
         branches = (_Branches * 1)(_Branches(batch, 1, 0, length, None, None, None, kv.data_ptr()))
-        self._call(self._whole, branches, batch, length, 0, causal=causal, cos_sin_LH=table_LH)
+        self._call(self._whole, branches, batch, length, 0, "fp32", causal=causal, cos_sin_LH=table_LH)
         return self._buffers[NORMED][: batch * length].view(batch, length, width).clone()
 
     def step(
@@ -144,13 +145,14 @@ class NativeTransformer(nn.Module):
         self._reserve(n_sequences * n_tokens)
         n_before = [b.n_before_B - first for b in cache.branches] if from_start else None
         branches = _as_structures(cache, n_before)
-        self._call(operations, branches, n_sequences, n_tokens, first, causal=True, cos_sin_LH=cos_sin_LH,
-                   ids_BL=ids_BL.contiguous(), logits_BLV=logits_BLV)  # fmt: skip
+        self._call(operations, branches, n_sequences, n_tokens, first, self.cache_format, causal=True,
+                   cos_sin_LH=cos_sin_LH, ids_BL=ids_BL.contiguous(), logits_BLV=logits_BLV)  # fmt: skip
         cache.advance(n_tokens)
 
     def _call(
-        self, operations: ctypes.Array, branches: ctypes.Array, n_sequences: int, n_tokens: int, first: int, *,
-        causal: bool, cos_sin_LH: Tensor | None, ids_BL: Tensor | None = None, logits_BLV: Tensor | None = None,
+        self, operations: ctypes.Array, branches: ctypes.Array, n_sequences: int, n_tokens: int, first: int,
+        cache_format: NativePrecision, *, causal: bool, cos_sin_LH: Tensor | None, ids_BL: Tensor | None = None,
+        logits_BLV: Tensor | None = None,
     ) -> None:  # fmt: skip
         longest = max(b.n_prefix for b in branches) + first + n_tokens
         n_positions, n_threads = -(-longest // LANES) * LANES, torch.get_num_threads()
@@ -160,7 +162,7 @@ class NativeTransformer(nn.Module):
         call = _Call(
             len(operations), len(branches), n_sequences, n_tokens, first,
             0 if logits_BLV is None else logits_BLV.shape[1], self.config.n_heads, self.config.head_width, n_threads,
-            FORMATS[self.cache_format], n_positions, causal, operations, branches, ids, cos_sin,
+            FORMATS[cache_format], n_positions, causal, operations, branches, ids, cos_sin,
             ctypes.addressof(self._buffer_pointers), *rest,
         )  # fmt: skip
         self._library.vqt2i_run(ctypes.byref(call))

@@ -13,6 +13,7 @@ from PIL import Image
 from vqt2i.data.images import to_uint8
 from vqt2i.errors import CheckpointError
 from vqt2i.files import write_json
+from vqt2i.processes import Stopped
 from vqt2i.runtime import say
 from vqt2i.training.checkpoints import (
     checkpoint_path,
@@ -21,7 +22,7 @@ from vqt2i.training.checkpoints import (
     remove_partial_files,
     save_checkpoint,
 )
-from vqt2i.training.guard import StepGuard, Stopped
+from vqt2i.training.guard import StepGuard
 from vqt2i.training.start import Start, is_exported
 from vqt2i.training.strategy import is_sharded, whole_parameters
 from vqt2i.training.views import View

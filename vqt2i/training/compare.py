@@ -2,9 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.optim import OptimizerConfig, build_adamw
 from vqt2i.training.plan import training_flops
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -34,12 +36,12 @@ class Timing(NamedTuple):
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def time_in_turns(jobs: dict[str, Callable[[], Any]], n_rounds: int, device: torch.device) -> dict[str, Timing]:
+def time_in_turns(jobs: dict[Key, Callable[[], Any]], n_rounds: int, device: torch.device) -> dict[Key, Timing]:
     """Run each job once unmeasured, and then in turns, `n_rounds` times each.
 
     What else happens on the machine then touches all jobs alike, and the ratio of their times little.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    seconds: dict[Key, list[float]] = {name: [] for name in jobs}
     for round_ in range(n_rounds + 1):
         for name, job in jobs.items():
             start = time.perf_counter()
@@ -121,7 +123,7 @@ def compare_tokenizers(
     with device:
         ours, theirs = ImageTokenizer(config), vq_model(config)
         images = torch.rand(batch_size, 3, size, size) * 2 - 1
-        ids = torch.randint(config.vocab_size, (batch_size, config.grid_size, config.grid_size))
+        ids = torch.randint(config.vocab_size, (batch_size, config.grid_height, config.grid_width))
     shape = (*ids.shape, theirs.config.vq_embed_dim)
 
     @torch.no_grad()
@@ -156,11 +158,13 @@ def vq_model(config: ImageTokenizerConfig) -> nn.Module:
     """The network of an image tokenizer as a VQModel of `diffusers`, with weights of its own.
 
     Raises:
-        ConfigError: it has another architecture than "taming", or `diffusers` is not installed.
+        ConfigError: it has another architecture than "taming" or another quantizer than "vq", or `diffusers` is not
+            installed.
     """
-    if config.architecture != "taming" or config.attention_sizes_px:
-        raise ConfigError("a VQModel has architecture 'taming' and no attention_sizes_px; found "
-                          f"{config.architecture!r} and {list(config.attention_sizes_px)}")  # fmt: skip
+    if config.architecture != "taming" or config.attention_sizes_px or config.quantizer.kind != "vq":
+        raise ConfigError("a VQModel has architecture 'taming', no attention_sizes_px and a quantizer of kind 'vq'; "
+                          f"found {config.architecture!r}, {list(config.attention_sizes_px)} and "
+                          f"{config.quantizer.kind!r}")  # fmt: skip
     try:
         from diffusers import VQModel
     except ImportError as error:

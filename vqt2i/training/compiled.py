@@ -1,13 +1,12 @@
 """torch.compile for the training step only: validation and sampling stay eager, for their shapes vary."""
 
-import shutil
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import lightning as L
 import torch
 
-from vqt2i.runtime import say
+from vqt2i.runtime import find_cpp_compiler, say
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -17,7 +16,7 @@ def compile_for_training(function: Callable[P, T]) -> Callable[P, T]:
 
     Without a C++ compiler, which PyTorch needs on CPUs, it stays as it is, and that is said.
     """
-    if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
+    if not torch.cuda.is_available() and find_cpp_compiler() is None:
         say("compile: no C++ compiler (g++ or clang++) found; training without, about a third slower")
         return function
     return torch.compile(function, dynamic=False)

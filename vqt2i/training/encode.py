@@ -46,7 +46,6 @@ def store_spec(
     for name in splits:
         if name not in dataset.spec.splits:
             raise DataError(f"{dataset.folder}: no split '{name}'; it has {', '.join(dataset.spec.splits) or 'none'}")
-    grid = vq.config.grid_size
     return StoreSpec(
         image_tokenizer=vq.fingerprint,
         text_tokenizer=tokenizer.fingerprint,
@@ -54,8 +53,8 @@ def store_spec(
         embedding_width=scorer.config.embedding_width if scorer else 0,
         languages=dataset.languages,
         variants=variants,
-        grid_height=grid,
-        grid_width=grid,
+        grid_height=vq.config.grid_height,
+        grid_width=vq.config.grid_width,
         splits={name: dataset.spec.splits[name] for name in splits},
     )
 

@@ -143,10 +143,11 @@ class GPTRunConfig(Config):
 
 def tokenizer_sizes(text: TextTokenizer, image: ImageTokenizer) -> TokenizerSizes:
     """The sizes of trained tokenizers; images are square."""
-    grid = image.config.grid_size
+    config = image.config
     return TokenizerSizes(
-        n_text_ids=text.n_ids, n_image_ids=image.config.vocab_size, grid_height=grid, grid_width=grid
-    )
+        n_text_ids=text.n_ids, n_image_ids=config.vocab_size, grid_height=config.grid_height,
+        grid_width=config.grid_width,
+    )  # fmt: skip
 
 
 class GPTModule(L.LightningModule):

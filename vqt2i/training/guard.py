@@ -25,24 +25,11 @@ from vqt2i.errors import UserError
 from vqt2i.files import write_atomic
 from vqt2i.runtime import is_first_process, say
 
-STOPPED = 75  # the exit code after a signal: EX_TEMPFAIL of sysexits.h, "try again later"
 MAX_SAVED_BATCHES = 10
 
 
 class TrainingError(UserError):
     """A training that cannot go on with the settings that it was given."""
-
-
-class Stopped(SystemExit):
-    """A run that was asked to stop has stopped: with a checkpoint to go on from, or before its first step.
-
-    The process exits with `STOPPED`.
-
-    Only the first process does: Lightning's launcher kills the first process where another ends with an error.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(STOPPED if is_first_process() else 0)
 
 
 class _Watched(NamedTuple):

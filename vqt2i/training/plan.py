@@ -186,7 +186,7 @@ def count_activations(
         # no fused RMSNorm: what is normalised is kept before it is scaled
         per_position += n_rms * width * rms
     if t.pb_relax:
-        per_position += width * c + t.n_heads * length * (FP32 + (c if c != FP32 else 0))  # v, and the probabilities
+        per_position += width * c + t.n_heads * length * c  # v, and the probabilities
     elif device == "cuda" or c == FP32:  # attention is PyTorch's and not that of nn/attention.py
         per_position += length * c + FP32 * t.n_heads  # the mask as it is added to the scores, and their log-sum-exp
         per_position += width * c if device == "cpu" and turned else 0  # a copy of the output

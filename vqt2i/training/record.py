@@ -21,19 +21,24 @@ from vqt2i.files import write_json
 from vqt2i.runtime import Precision
 
 NAME = "run.json"
-_LIBRARIES = ("torch", "lightning", "deepspeed", "numpy", "sentencepiece", "safetensors")
+_LIBRARIES = ("torch", "lightning", "deepspeed", "numpy", "sentencepiece", "safetensors", "transformers")
 
 
-class RunStart(Config):
-    """One start of a run, at which step: 0, or that of the checkpoint that it went on from."""
+class Origin(Config):
+    """What something was made by: when, by which command and code, on which machine."""
 
-    step: NonNegativeInt
     time: str
     command: str
     git_commit: str | None
-    devices: PositiveInt
     versions: dict[str, str]
     machine: dict[str, Any]
+
+
+class RunStart(Origin):
+    """One start of a run, at which step: 0, or that of the checkpoint that it went on from."""
+
+    step: NonNegativeInt
+    devices: PositiveInt
 
 
 class RunRecord(Config):
@@ -59,17 +64,21 @@ def write_record(run: Path, record: RunRecord) -> None:
 
 
 def describe_start(step: int, devices: int) -> RunStart:
+    """A start in this process."""
+    return RunStart(step=step, devices=devices, **describe_origin().model_dump())
+
+
+def describe_origin() -> Origin:
     """What is known of this process and its machine."""
-    return RunStart(
-        step=step,
+    return Origin(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["python", *sys.argv]),
         git_commit=git_commit(Path(__file__).parents[2]),
-        devices=devices,
         versions={"python": platform.python_version(), "vqt2i": __version__, **_library_versions()},
         machine={
             "host": platform.node(),
             "system": platform.platform(),
+            "cpu": _cpu_name(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -96,6 +105,14 @@ def _library_versions() -> dict[str, str]:
     for name in _LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # DeepSpeed is for Linux only
+        except importlib.metadata.PackageNotFoundError:  # DeepSpeed is for Linux only, transformers for benchmarks
             continue
     return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # another system, or a processor that Linux has no name for
+        return platform.processor() or platform.machine()

@@ -22,13 +22,14 @@ from vqt2i.data.shards import DataSet
 from vqt2i.data.stream import StreamConfig
 from vqt2i.errors import ConfigError
 from vqt2i.files import write_json
+from vqt2i.processes import from_first
 from vqt2i.runtime import Precision, is_first_process, pick_device, say, step_bar
 from vqt2i.training.batches import SampleSource, training_loader, validation_loader
 from vqt2i.training.callbacks import Outputs
 from vqt2i.training.checkpoints import CheckpointFile, RandomStates
 from vqt2i.training.compiled import EagerValidation
 from vqt2i.training.guard import StepGuard
-from vqt2i.training.launch import World, cluster_environment, find_world, from_first
+from vqt2i.training.launch import World, cluster_environment, find_world
 from vqt2i.training.metrics import MetricsLogger
 from vqt2i.training.start import Resume, Start, begin_run
 from vqt2i.training.strategy import build_strategy

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from einops import rearrange
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -52,6 +52,14 @@ class VQGANRunConfig(Config):
     model: ImageTokenizerConfig = ImageTokenizerConfig()
     training: VQGANTrainingConfig = VQGANTrainingConfig()
     trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _loss_is_of_what_the_decoder_says(self) -> "VQGANRunConfig":
+        weight = self.training.loss.logit_laplace_weight
+        if (self.model.output == "logit_laplace") != (weight > 0):
+            raise ValueError(f"model.output is {self.model.output!r} and training.loss.logit_laplace_weight {weight}; "
+                             "that weight is above 0 where output is 'logit_laplace', and 0 elsewhere")  # fmt: skip
+        return self
 
 
 class VQGANModule(L.LightningModule):
@@ -98,7 +106,7 @@ class VQGANModule(L.LightningModule):
                 group["lr"] = learning_rate
         adversarial_now = self.discriminator_started
 
-        out = self.model(x)
+        out = self.model(x, step / self.max_steps)
         loss, parts = self._tokenizer_loss(x, out, adversarial_now)
         # the rate as a tensor, for Lightning would copy a float to the GPU and wait for it
         logs = {"train/loss": loss.detach(), **parts, "train/lr": torch.tensor(learning_rate)}
@@ -117,7 +125,7 @@ class VQGANModule(L.LightningModule):
         reconstruction = out.reconstruction_B3HW.clamp(-1, 1)
         self.codes_seen.update(out.ids_BHW)
         values = {
-            "val/loss": self.reconstruction_loss(out.reconstruction_B3HW, x),
+            "val/loss": self.reconstruction_loss(out, x),
             "val/psnr": psnr(reconstruction, x).mean(),
             "val/ssim": ssim(reconstruction, x).mean(),
         }
@@ -160,8 +168,9 @@ class VQGANModule(L.LightningModule):
 
     def _tokenizer_loss(self, x: Tensor, out: VQOutput, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss without the quantizer's, and the parts of it to log."""
-        loss = self.reconstruction_loss(out.reconstruction_B3HW, x)
+        loss = self.reconstruction_loss(out, x)
         parts = {"train/reconstruction": loss.detach(), "train/quantizer": out.quantizer_loss.detach()}
+        parts |= {f"train/{name}": value for name, value in out.measures.items()}
         if adversarial:
             self.discriminator.requires_grad_(False)
             generator, weight = self._adversarial_loss(out.reconstruction_B3HW, loss)
@@ -211,7 +220,8 @@ class VQGANModule(L.LightningModule):
         # the first is a copy, and the next ones forget faster, or the random start would weigh on a short run
         decay = min(self.config.ema_decay, (1 + step) / (10 + step)) if step else 0.0
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
-        torch._foreach_copy_(list(self.averaged.buffers()), list(self.model.buffers()))
+        for kept, moved in zip(self.averaged.buffers(), self.model.buffers(), strict=True):  # there may be none
+            kept.copy_(moved)
 
     def _watch_codebook(self, out: VQOutput) -> None:
         """Count, and with each row of metrics say how the codes were used since the last."""

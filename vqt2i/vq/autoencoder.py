@@ -13,17 +13,24 @@ from torch import Tensor, nn
 from vqt2i.errors import DataError
 from vqt2i.nn.conv import Downsample, ResBlock, SpatialAttention, Upsample, group_norm
 from vqt2i.vq.config import ImageTokenizerConfig
+from vqt2i.vq.dalle import DalleDecoder, DalleEncoder
+from vqt2i.vq.logit_laplace import location_of
 from vqt2i.vq.quantizer import build_quantizer
 from vqt2i.vq.taming import TamingDecoder, TamingEncoder
 
 
 class VQOutput(NamedTuple):
-    """reconstruction_B3HW: unclamped, for losses. quantizer_loss: scalar. n_restarted: codes that this batch gave."""
+    """reconstruction_B3HW: unclamped, for losses. decoded_BCHW: what the decoder said, of which it is the picture.
+
+    quantizer_loss: scalar. n_restarted: codes that this batch gave. measures: of the quantizer, scalars to watch.
+    """
 
     reconstruction_B3HW: Tensor
+    decoded_BCHW: Tensor
     ids_BHW: Tensor
     quantizer_loss: Tensor
     n_restarted: int
+    measures: dict[str, Tensor]
 
 
 def _level(config: ImageTokenizerConfig, level: int) -> nn.Sequential:
@@ -93,7 +100,7 @@ class Decoder(nn.Module):
                 layers.append(Upsample(config.channels[level], config.channels[level - 1]))
         self.levels = nn.Sequential(*layers)
         self.norm_out = group_norm(config.channels[0])
-        self.conv_out = nn.Conv2d(config.channels[0], 3 * config.patch_px**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(config.channels[0], config.decoded_channels * config.patch_px**2, 3, padding=1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         h = F.silu(self.norm_out(self.levels(features_BCHW)))
@@ -103,8 +110,8 @@ class Decoder(nn.Module):
 class ImageTokenizer(nn.Module):
     """Encoder, quantizer, decoder.
 
-    Any height and width that `config.downsample` divides work; the id grid is that many times smaller. Call `.eval()`
-    before `encode` and `decode` where dropout is on.
+    Any height and width that `config.downsample` divides work; the id grid is that many times smaller (with several ids
+    a cell, as many times wider again). Call `.eval()` before `encode` and `decode` where dropout is on.
     """
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
@@ -112,17 +119,28 @@ class ImageTokenizer(nn.Module):
         self.config = config
         if config.architecture == "taming":
             self.encoder, self.decoder = TamingEncoder(config), TamingDecoder(config)
+        elif config.architecture == "dalle":
+            self.encoder, self.decoder = DalleEncoder(config), DalleDecoder(config)
         else:
             self.encoder = (PatchEncoder if config.encoder == "patch" else Encoder)(config)
             self.decoder = Decoder(config)
-        self.quantizer = build_quantizer(config.quantizer, config.latent_width)
+        self.quantizer = build_quantizer(config.quantizer, config.encoded_width, config.latent_width)
 
-    def forward(self, x_B3HW: Tensor) -> VQOutput:
-        """Reconstruct images in [-1, 1]; in training mode the codebook learns too."""
+    def forward(self, x_B3HW: Tensor, progress: float = 1.0) -> VQOutput:
+        """Reconstruct images in [-1, 1]; in training mode the codebook learns too.
+
+        progress: share of the training that is done, 0 to 1, which the quantizer's schedules go by.
+        """
         self._check_images(x_B3HW)
-        quantized = self.quantizer(self.encoder(x_B3HW))
-        reconstruction = self.decoder(quantized.features_BCHW)
-        return VQOutput(reconstruction, quantized.ids_BHW, quantized.loss, quantized.n_restarted)
+        quantized = self.quantizer(self.encoder(x_B3HW), progress)
+        decoded = self.decoder(quantized.features_BCHW)
+        return VQOutput(
+            self._pictures(decoded), decoded, quantized.ids_BHW, quantized.loss, quantized.n_restarted,
+            quantized.measures,
+        )  # fmt: skip
+
+    def _pictures(self, decoded_BCHW: Tensor) -> Tensor:
+        return decoded_BCHW if self.config.output == "pixels" else location_of(decoded_BCHW)
 
     @torch.no_grad()
     def encode(self, x_B3HW: Tensor) -> Tensor:
@@ -139,7 +157,7 @@ class ImageTokenizer(nn.Module):
         """x_B3HW in [-1, 1] of a grid of ids.
 
         Raises:
-            DataError: not a (B, H, W) integer tensor with ids of this tokenizer.
+            DataError: not a (B, H, W) integer tensor with ids of this tokenizer, whole cells of them.
         """
         if ids_BHW.ndim != 3 or ids_BHW.is_floating_point():
             raise DataError(f"image ids: expected an integer tensor of shape (batch, grid height, grid width), "
@@ -148,7 +166,10 @@ class ImageTokenizer(nn.Module):
         if lowest < 0 or highest >= self.config.vocab_size:
             raise DataError(f"image ids: expected 0 to {self.config.vocab_size - 1}, found {lowest} to {highest}; "
                             f"were they made by another image tokenizer?")  # fmt: skip
-        return self.decoder(self.quantizer.decode(ids_BHW)).clamp(-1, 1)
+        per_cell = self.config.quantizer.ids_per_cell
+        if ids_BHW.shape[2] % per_cell:
+            raise DataError(f"image ids: a cell has {per_cell} of them side by side, found rows of {ids_BHW.shape[2]}")
+        return self._pictures(self.decoder(self.quantizer.decode(ids_BHW))).clamp(-1, 1)
 
     def _check_images(self, x_B3HW: Tensor) -> None:
         shape, factor = tuple(x_B3HW.shape), self.config.downsample

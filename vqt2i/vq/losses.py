@@ -4,31 +4,37 @@ Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 to 7; hinge loss of Li
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from vqt2i.config import Config
+from vqt2i.vq.autoencoder import VQOutput
 from vqt2i.vq.discriminator import AdversarialConfig
+from vqt2i.vq.logit_laplace import logit_laplace_loss
 from vqt2i.vq.lpips import LPIPS, PerceptualConfig
+from vqt2i.vq.ranks import mean_over_ranks
 
 
 class VQGANLossConfig(Config):
     """l1_weight, l2_weight: of the mean absolute and squared error per pixel, pixels in [-1, 1].
 
+    logit_laplace_weight: of the negative log-likelihood of the pixels (Ramesh et al. 2021, appendix A.3); for decoders
+        with model.output "logit_laplace".
     perceptual, adversarial: null trains without.
     """
 
     l1_weight: NonNegativeFloat = 1.0
     l2_weight: NonNegativeFloat = 1.0
+    logit_laplace_weight: NonNegativeFloat = 0.0
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
 
     @model_validator(mode="after")
     def _pixels_count(self) -> "VQGANLossConfig":
-        if self.l1_weight + self.l2_weight == 0:
-            raise ValueError("l1_weight and l2_weight are both 0: nothing would tie the pictures to their inputs")
+        if self.l1_weight + self.l2_weight + self.logit_laplace_weight == 0:
+            raise ValueError("l1_weight, l2_weight and logit_laplace_weight are all 0: nothing would tie the "
+                             "pictures to their inputs")  # fmt: skip
         return self
 
 
@@ -40,11 +46,13 @@ class ReconstructionLoss(nn.Module):
         self.config = config
         self.lpips = None if config.perceptual is None else LPIPS(config.perceptual)
 
-    def forward(self, reconstruction_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+    def forward(self, out: VQOutput, target_B3HW: Tensor) -> Tensor:
         """Scalar, averaged over batch and pixels."""
-        reconstruction, target = reconstruction_B3HW.float(), target_B3HW.float()
+        reconstruction, target = out.reconstruction_B3HW.float(), target_B3HW.float()
         loss = self.config.l1_weight * F.l1_loss(reconstruction, target)
         loss = loss + self.config.l2_weight * F.mse_loss(reconstruction, target)
+        if self.config.logit_laplace_weight:
+            loss = loss + self.config.logit_laplace_weight * logit_laplace_loss(out.decoded_BCHW, target)
         if self.lpips is not None:
             loss = loss + self.config.perceptual.weight * self.lpips(reconstruction, target).mean()
         return loss
@@ -71,13 +79,5 @@ def adaptive_weight(
     norms = []
     for loss in (reconstruction_loss, adversarial_loss):
         (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
-        norms.append(_mean_over_ranks(gradient.float()).norm())
+        norms.append(mean_over_ranks(gradient.float()).norm())
     return (norms[0] / (norms[1] + 1e-6)).clamp(0, highest).detach()
-
-
-def _mean_over_ranks(x: Tensor) -> Tensor:
-    if not dist.is_initialized():
-        return x
-    x = x.contiguous()
-    dist.all_reduce(x)
-    return x / dist.get_world_size()

@@ -81,7 +81,7 @@ class TamingDecoder(nn.Module):
                 layers.append(Upsample(width, width))
         self.layers = nn.Sequential(*layers)
         self.norm_out = group_norm(width, eps=EPS)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, config.decoded_channels, 3, padding=1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         h = self.layers(self.conv_in(features_BCHW))

@@ -2,6 +2,7 @@
 
 from vqt2i.data.shapes.captions import LANGUAGES, Caption, Facts, ObjectFacts, caption_scene, draw_prompts
 from vqt2i.data.shapes.oracle import ReadObject, ReadScene, Verdict, check, read_scene
+from vqt2i.data.shapes.parse import parse_caption
 from vqt2i.data.shapes.render import SIZES_PX, render
 from vqt2i.data.shapes.scene import Scene, SceneObject
 from vqt2i.data.shapes.source import pairs
@@ -25,6 +26,7 @@ __all__ = [
     "draw_scene",
     "held_out_in",
     "pairs",
+    "parse_caption",
     "read_scene",
     "render",
 ]

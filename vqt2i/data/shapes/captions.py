@@ -160,8 +160,8 @@ def _draw_facts(kind: PromptKind, index: int, rng: np.random.Generator) -> Facts
 
 # --- English
 
-_NUMBER_EN = {2: "two", 3: "three"}
-_RELATION_EN: dict[Relation, tuple[str, ...]] = {
+NUMBER_EN = {2: "two", 3: "three"}
+RELATION_EN: dict[Relation, tuple[str, ...]] = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above",),
@@ -186,11 +186,11 @@ def _phrase_en(facts: Facts, rng: np.random.Generator) -> str:
         if len(things) == 1:
             text = choose(rng, (_noun_en, _one_en))(things[0])
         else:
-            text = f"{_NUMBER_EN[len(things)]} {_noun_en(things[0], plural=True)}"
+            text = f"{NUMBER_EN[len(things)]} {_noun_en(things[0], plural=True)}"
     elif facts.relation:
         a, relation, b = _said_from(facts, rng)
         article: Callable[[ObjectFacts], str] = choose(rng, (_one_en, _one_en, _noun_en))
-        text = f"{article(a)} {choose(rng, _RELATION_EN[relation])} {article(b)}"
+        text = f"{article(a)} {choose(rng, RELATION_EN[relation])} {article(b)}"
     else:
         *first, last = (_one_en(thing) for thing in things)
         text = f"{', '.join(first)} and {last}"
@@ -201,8 +201,8 @@ def _phrase_en(facts: Facts, rng: np.random.Generator) -> str:
 
 # --- Chinese
 
-_NUMBER_ZH = {1: "一个", 2: "两个", 3: "三个"}
-_SHAPE_ZH: dict[Shape, str] = {
+NUMBER_ZH = {1: "一个", 2: "两个", 3: "三个"}
+SHAPE_ZH: dict[Shape, str] = {
     "circle": "圆形",
     "square": "正方形",
     "triangle": "三角形",
@@ -212,7 +212,7 @@ _SHAPE_ZH: dict[Shape, str] = {
     "heart": "心形",
     "moon": "月牙",
 }
-_COLOUR_ZH: dict[Colour, str] = {
+COLOUR_ZH: dict[Colour, str] = {
     "red": "红色",
     "orange": "橙色",
     "yellow": "黄色",
@@ -224,15 +224,15 @@ _COLOUR_ZH: dict[Colour, str] = {
     "pink": "粉色",
     "brown": "棕色",
 }
-_SIZE_ZH: dict[Size, str] = {"small": "小", "medium": "中等", "large": "大"}
-_FILL_ZH: dict[Fill, str] = {"solid": "实心", "hollow": "空心", "striped": "条纹"}
-_BACKGROUND_ZH: dict[Background, str] = {
+SIZE_ZH: dict[Size, str] = {"small": "小", "medium": "中等", "large": "大"}
+FILL_ZH: dict[Fill, str] = {"solid": "实心", "hollow": "空心", "striped": "条纹"}
+BACKGROUND_ZH: dict[Background, str] = {
     "white": "白色",
     "grey": "灰色",
     "beige": "米色",
     "light blue": "浅蓝色",
 }
-_RELATION_ZH: dict[Relation, str] = {
+RELATION_ZH: dict[Relation, str] = {
     "left of": "左边",
     "right of": "右边",
     "above": "上面",
@@ -242,31 +242,31 @@ _RELATION_ZH: dict[Relation, str] = {
 
 
 def _noun_zh(thing: ObjectFacts, rng: np.random.Generator) -> str:
-    fill = _FILL_ZH[thing.fill] if thing.fill else ""
-    size = _SIZE_ZH[thing.size] if thing.size else ""
+    fill = FILL_ZH[thing.fill] if thing.fill else ""
+    size = SIZE_ZH[thing.size] if thing.size else ""
     particle = "" if size or fill else choose(rng, ("", "的"))
     size = size + "的" if size else ""
-    return f"{size}{_COLOUR_ZH[thing.colour]}{particle}{fill}{_SHAPE_ZH[thing.shape]}"
+    return f"{size}{COLOUR_ZH[thing.colour]}{particle}{fill}{SHAPE_ZH[thing.shape]}"
 
 
 def _phrase_zh(facts: Facts, rng: np.random.Generator) -> str:
     things = facts.objects
     if len(set(things)) == 1:
-        number = _NUMBER_ZH[len(things)] if len(things) > 1 or facts.background else choose(rng, ("", "一个"))
+        number = NUMBER_ZH[len(things)] if len(things) > 1 or facts.background else choose(rng, ("", "一个"))
         text = number + _noun_zh(things[0], rng)
     elif facts.relation:
         a, relation, b = _said_from(facts, rng)
-        where = f"{_noun_zh(b, rng)}{choose(rng, ('', '的'))}{_RELATION_ZH[relation]}"
+        where = f"{_noun_zh(b, rng)}{choose(rng, ('', '的'))}{RELATION_ZH[relation]}"
         if facts.background or rng.random() < 0.5:
             text = f"{where}有一个{_noun_zh(a, rng)}"
         else:
             text = f"{_noun_zh(a, rng)}在{where}"
     else:
-        *first, last = (_NUMBER_ZH[1] + _noun_zh(thing, rng) for thing in things)
+        *first, last = (NUMBER_ZH[1] + _noun_zh(thing, rng) for thing in things)
         text = f"{'、'.join(first)}和{last}"
     if facts.background is None:
         return text
-    background = f"{_BACKGROUND_ZH[facts.background]}背景"
+    background = f"{BACKGROUND_ZH[facts.background]}背景"
     if facts.relation:
         return f"{background}，{text}"
     return choose(rng, (f"{background}上的{text}", f"{background}上有{text}", f"{text}，{background}"))

@@ -135,8 +135,9 @@ def _judge(assigned: tuple[ReadObject | None, ...], facts: Facts) -> dict[str, b
     both = list(zip(assigned, facts.objects, strict=True))
     parts = {}
     for name in ("colour", "shape", "size", "fill"):
-        if getattr(facts.objects[0], name) is not None:
-            parts[name] = all(_shows(thing, stated, name) for thing, stated in both)
+        of_this = [(thing, stated) for thing, stated in both if getattr(stated, name) is not None]
+        if of_this:
+            parts[name] = all(_shows(thing, stated, name) for thing, stated in of_this)
     if facts.relation:
         a, b = assigned[:2]
         parts["relation"] = a is not None and b is not None and relation_between(a, b) == facts.relation

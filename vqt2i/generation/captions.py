@@ -1,0 +1,243 @@
+"""Texts from images: each image is read once, in the order image → text, and shared by all its beams or samples.
+
+B images, K rows of each (beams or samples), V text ids and EOT, S longest text
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from vqt2i.config import Config
+from vqt2i.data.decode import RefusedError, decode_image
+from vqt2i.data.images import fit_square, to_tensor
+from vqt2i.data.sources import read_file
+from vqt2i.errors import CheckpointError, DataError, PromptError
+from vqt2i.generation.sampling import keep_likeliest, pick
+from vqt2i.gpt import GPT, image_log_probability
+from vqt2i.nn.cache import BranchedCache, Branches
+from vqt2i.runtime import stream_seed
+from vqt2i.text import TextBatch, TextTokenizer, pad_texts
+from vqt2i.vq import ImageTokenizer
+
+ROWS_AT_ONCE = 256  # of ids; of whole sequences a quarter. Bounds the memory, changes no text
+
+
+class BeamConfig(Config):
+    """The likeliest texts that a beam search finds.
+
+    length_exponent: texts are compared by log p / nᵃ for n ids, EOT counted. 1 is log p per token, the caption score;
+        0 is log p itself, which prefers short texts (Wu et al. 2016, arXiv 1609.08144, equation 14, has (5 + n) / 6).
+    rerank: whether the texts found are put in the order of log p(image | text) + log p(text | image): the GPT is asked
+        how well it would draw the image from each (a noisy channel: Yu et al. 2017, arXiv 1611.02554, equation 4).
+    """
+
+    n_beams: PositiveInt = 16
+    length_exponent: float = Field(0.5, ge=0, le=10)
+    rerank: bool = True
+
+
+class DrawConfig(Config):
+    """Texts drawn id by id. temperature divides logits. top_p: null keeps everything."""
+
+    temperature: PositiveFloat = Field(1.0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+
+
+@dataclass(frozen=True)
+class ImageCaption:
+    """A text for an image.
+
+    log_p: log p(text | image) per token in nats, EOT counted. image_log_p: log p(image | text) per image token, where
+    texts were reranked.
+    """
+
+    text: str
+    log_p: float
+    ids: tuple[int, ...]
+    image_index: int
+    image_log_p: float | None = None
+
+
+class Found(NamedTuple):
+    """A text's ids, log p(text | image) of them and EOT together, and log p(image | text) where it was asked for."""
+
+    ids: tuple[int, ...]
+    log_p: float
+    image_log_p: float | None = None
+
+    @property
+    def per_token(self) -> float:
+        return self.log_p / (len(self.ids) + 1)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """uint8 (H, W, 3) of an image file, upright, as data sets have it.
+
+    Raises:
+        DataError: no such file, or not a picture.
+    """
+    try:
+        return decode_image(read_file(path)).image_HW3
+    except RefusedError as refused:
+        told = f"{refused.reason}{f' ({refused.detail})' if refused.detail else ''}"
+        raise DataError(f"{path}: {told}; expected a picture such as a PNG or JPEG file") from None
+
+
+def require_reads_images(folder: Path, card: dict[str, Any]) -> None:
+    """Check by its card that a GPT was trained on the order image → text; a card that does not say is believed.
+
+    Raises:
+        CheckpointError: it was not.
+    """
+    own = card.get("config", {}).get("training", {}).get("reversed_share")
+    if card.get("reversed_share", own) == 0:
+        raise CheckpointError(f"{folder}: trained with training.reversed_share 0, so it never saw a text behind an "
+                              "image and cannot caption; train with a reversed_share above 0 (0.15)")  # fmt: skip
+
+
+def caption_images(
+    text: TextTokenizer,
+    vq: ImageTokenizer,
+    gpt: GPT,
+    images: Sequence[np.ndarray | Image.Image],
+    *,
+    n: int,
+    how: BeamConfig | DrawConfig,
+    seed: int,
+) -> list[list[ImageCaption]]:
+    """See `TextToImage.caption`."""
+    most = how.n_beams if isinstance(how, BeamConfig) else n
+    if not 1 <= n <= most:
+        raise PromptError(f"captions of an image: found {n}, expected 1 or more, and at most as many as beams "
+                          f"({most})")  # fmt: skip
+    pixels = [fit_square(_as_array(image, index), vq.config.image_size_px) for index, image in enumerate(images)]
+    at_once, captions = max(1, ROWS_AT_ONCE // most), []
+    for start in range(0, len(pixels), at_once):
+        image_B3HW = to_tensor(np.stack(pixels[start : start + at_once])).to(gpt.device)
+        image_BI = vq.encode(image_B3HW).flatten(1)
+        if isinstance(how, DrawConfig):
+            seeds = [(seed, start + row) for row in range(len(image_BI))]
+            groups = draw_texts(gpt, image_BI, n, how, seeds)
+        elif how.rerank:
+            groups = rerank(gpt, image_BI, beam_search(gpt, image_BI, how.n_beams, how))
+        else:
+            groups = beam_search(gpt, image_BI, n, how)
+        for number, found in enumerate(groups, start):
+            captions.append([_as_caption(text, one, number, image_BI.shape[1]) for one in found[:n]])
+    return captions
+
+
+def _as_caption(text: TextTokenizer, found: Found, number: int, n_image_ids: int) -> ImageCaption:
+    image_log_p = None if found.image_log_p is None else found.image_log_p / n_image_ids
+    return ImageCaption(text.decode(list(found.ids)), found.per_token, found.ids, number, image_log_p)
+
+
+def _as_array(image: np.ndarray | Image.Image, index: int) -> np.ndarray:
+    pixels = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise DataError(f"image {index}: expected uint8 (height, width, 3), found {pixels.dtype} {pixels.shape}")
+    return pixels
+
+
+@torch.inference_mode()
+def beam_search(gpt: GPT, image_BI: Tensor, n: int, config: BeamConfig) -> list[list[Found]]:
+    """The best `n` texts of each image, best first; with as many beams as there are texts, of all texts.
+
+    At each length the `n_beams` likeliest beginnings go on. A text counts once EOT is behind it, and the search ends
+    when no beginning can come to a text that is better than the `n` best.
+    """
+    layout, K = gpt.layout, config.n_beams
+    logits_BV, cache = _read_images(gpt, image_BI, K)
+    B, S = len(image_BI), layout.config.text_length
+    ids_BKS = image_BI.new_zeros(B, K, 0)
+    log_p_BK = torch.full((B, K), -torch.inf, device=image_BI.device)
+    log_p_BK[:, 0] = 0  # all beams begin alike: one of them stands for all
+    done: list[list[Found]] = [[] for _ in range(B)]
+    logits_BKV = logits_BV.unflatten(0, (B, K))
+    for length in range(S + 1):
+        total_BKV = log_p_BK[..., None] + logits_BKV.float().log_softmax(-1)
+        ends_BK = total_BKV[..., layout.eot]
+        for row, texts in enumerate(done):
+            real = zip(ids_BKS[row].tolist(), ends_BK[row].tolist(), strict=True)
+            texts += [Found(tuple(ids), log_p) for ids, log_p in real if log_p > -torch.inf]
+            texts.sort(key=lambda found: -_value(found, config))
+            del texts[n:]
+        # all that follows has a smaller log p, divided by at most the length of the longest text
+        log_p_BK, chosen_BK = total_BKV[..., : layout.eot].flatten(1).topk(K)
+        best_B = (log_p_BK[:, 0] / (S + 1) ** config.length_exponent).tolist()
+        if length == S or all(
+            len(texts) == n and _value(texts[-1], config) >= best for texts, best in zip(done, best_B, strict=True)
+        ):
+            break
+        beam_BK, id_BK = chosen_BK // layout.eot, chosen_BK % layout.eot
+        before_BKS = ids_BKS.gather(1, beam_BK[..., None].expand(-1, -1, length))
+        ids_BKS = torch.cat((before_BKS, id_BK[..., None]), dim=-1)
+        cache.follow((beam_BK + torch.arange(B, device=beam_BK.device)[:, None] * K).flatten())
+        logits_BKV = gpt.step_text(id_BK.reshape(-1, 1), cache).unflatten(0, (B, K))
+    return done
+
+
+def _value(found: Found, config: BeamConfig) -> float:
+    return found.log_p / (len(found.ids) + 1) ** config.length_exponent
+
+
+@torch.inference_mode()
+def draw_texts(
+    gpt: GPT, image_BI: Tensor, n: int, config: DrawConfig, seeds: Sequence[tuple[object, ...]]
+) -> list[list[Found]]:
+    """`n` texts of each image, likeliest first. A text depends on its image, its image's `seeds` and its number."""
+    layout = gpt.layout
+    B, S = len(image_BI), layout.config.text_length
+    uniform_RS = torch.from_numpy(np.stack([
+        np.random.default_rng(stream_seed("caption", *seeds[b], k)).random(S) for b in range(B) for k in range(n)
+    ])).to(image_BI.device)  # fmt: skip
+    logits_RV, cache = _read_images(gpt, image_BI, n)
+    ids_RS = image_BI.new_zeros(B * n, 0)
+    log_p_R = torch.zeros(B * n, device=image_BI.device)
+    ended_R = torch.zeros(B * n, dtype=torch.bool, device=image_BI.device)
+    for length in range(S + 1):
+        log_p_RV = logits_RV.float().log_softmax(-1)
+        if length < S:
+            id_R = pick(keep_likeliest(log_p_RV / config.temperature, None, config.top_p), uniform_RS[:, length])
+        else:
+            id_R = torch.full_like(ids_RS[:, 0], layout.eot)
+        log_p_R += log_p_RV.gather(1, id_R[:, None]).squeeze(1).masked_fill(ended_R, 0)
+        id_R = id_R.masked_fill(ended_R, layout.eot)
+        ended_R |= id_R == layout.eot
+        ids_RS = torch.cat((ids_RS, id_R[:, None]), dim=1)
+        if ended_R.all():
+            break
+        logits_RV = gpt.step_text(id_R[:, None], cache)
+    rows = [Found(tuple(ids[: ids.index(layout.eot)]), log_p)
+            for ids, log_p in zip(ids_RS.tolist(), log_p_R.tolist(), strict=True)]  # fmt: skip
+    groups = [rows[start : start + n] for start in range(0, B * n, n)]
+    return [sorted(group, key=lambda found: -found.per_token) for group in groups]
+
+
+@torch.inference_mode()
+def rerank(gpt: GPT, image_BI: Tensor, groups: Sequence[Sequence[Found]]) -> list[list[Found]]:
+    """The texts of each image in the order of log p(image | text) + log p(text | image)."""
+    rows = [(row, list(found.ids)) for row, group in enumerate(groups) for found in group]
+    values: list[float] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE // 4):
+        numbers, ids = zip(*rows[start : start + ROWS_AT_ONCE // 4], strict=True)
+        text = TextBatch(*(t.to(gpt.device) for t in pad_texts(list(ids), gpt.layout.config.text_length)))
+        values += image_log_probability(gpt, text, image_BI[list(numbers)]).tolist()
+    scores = iter(values)
+    scored = [[found._replace(image_log_p=next(scores)) for found in group] for group in groups]
+    return [sorted(group, key=lambda found: -(found.image_log_p + found.log_p)) for group in scored]
+
+
+def _read_images(gpt: GPT, image_BI: Tensor, n_each: int) -> tuple[Tensor, BranchedCache]:
+    """The logits of the first text id for `n_each` rows of each image, (B * n_each, V), and their cache."""
+    prefix = gpt.layout.image_prefix(image_BI)
+    logits_BV, cache = gpt.prefill(prefix, reversed_order=True)
+    branches = Branches(cache, prefix.real_BL, n_each, gpt.layout.config.text_length)
+    return logits_BV.repeat_interleave(n_each, dim=0), BranchedCache([branches])

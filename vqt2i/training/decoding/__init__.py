@@ -1,0 +1,1 @@
+"""How fast images are drawn, beside `transformers` and beside what the machine's own rates allow."""
