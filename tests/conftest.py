@@ -16,9 +16,9 @@ from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import save_config
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, write_dataset
-from vqt2i.generation.pipeline import PIPELINE, PipelineConfig
+from vqt2i.generation.parts import PIPELINE, PipelineConfig
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, LayoutConfig
+from vqt2i.gpt import GPT, ConditionConfig, GPTConfig, LayoutConfig, TextCondition
 from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, RowColumnConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextTokenizer
@@ -36,7 +36,7 @@ COLOURS = {
 }
 SIZE_PX, GRID, TEXT_LENGTH = 16, 4, 12
 TRANSFORMER = TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=48)
-DENSE = DenseConfig()
+DENSE, TEXT = DenseConfig(), TextCondition()
 
 # of every choice of the transformer and of its positions, in the combinations of published models
 WIDE = TransformerConfig(width=32, n_layers=5, n_heads=2, mlp_width=48, bias=True, qk_norm=False)
@@ -128,13 +128,15 @@ def make_gpt() -> Callable[..., GPT]:
         seed: int = 0,
         transformer: TransformerConfig = TRANSFORMER,
         sparsity: SparsityConfig = DENSE,
+        condition: ConditionConfig = TEXT,
         **layout: object,
     ) -> GPT:
-        sizes = {"n_text_ids": 10, "n_image_ids": 6, "text_length": 5, "grid_height": 3, "grid_width": 2} | layout
+        read = {"n_text_ids": 10, "text_length": 5} if condition is TEXT else {}
+        sizes = read | {"n_image_ids": 6, "grid_height": 3, "grid_width": 2} | layout
         torch.manual_seed(seed)
         config = GPTConfig(
-            transformer=transformer, layout=LayoutConfig(**sizes), positions=positions, sparsity=sparsity,
-            text_tokenizer="t", image_tokenizer="i",
+            transformer=transformer, layout=LayoutConfig(**sizes), condition=condition, positions=positions,
+            sparsity=sparsity, text_tokenizer="t" if read else None, image_tokenizer="i",
         )  # fmt: skip
         return GPT(config).eval()
 

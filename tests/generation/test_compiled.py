@@ -73,7 +73,7 @@ def test_the_logits_of_ragged_texts_are_those_of_whole_fp32_passes(
     jobs = [Job(text, p, i) for p, text in enumerate([(1, 2, 3, 4, 5), (9,)]) for i in range(2)]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
         ids = decode_image_ids(gpt, jobs, SamplingConfig(guidance=guidance), 5, start=CompiledEngine(gpt, uncompiled))
-    texts = [list(job.text_ids) for job in jobs] + [[]] * (len(jobs) if guidance != 1 else 0)
+    texts = [list(job.condition) for job in jobs] + [[]] * (len(jobs) if guidance != 1 else 0)
     ids_BI = ids.flatten(1).repeat(len(texts) // len(jobs), 1)
     hidden = whole(whole.layout.join(pad_texts(texts, 5), ids_BI))
     expected = whole.image_logits(hidden[:, whole.layout.image_targets(reversed_order=False)])[:, 1:]
@@ -101,7 +101,7 @@ def test_texts_of_different_length_draw_together_what_each_draws_alone(gpt: GPT)
 
 
 def test_negative_and_mixed_prompts_are_drawn_plainly(gpt: GPT) -> None:
-    jobs = [Job((1, 2), 0, 0, negative_ids=(3,)), Job((1, 2), 0, 1, mixed=Mixed((4,), 0.5))]
+    jobs = [Job((1, 2), 0, 0, negative=(3,)), Job((1, 2), 0, 1, mixed=Mixed((4,), 0.5))]
     for job in jobs:
         drawing = CompiledEngine(gpt, uncompiled)([job], torch.rand(6, 1, dtype=torch.double), SETTINGS[1])
         assert isinstance(drawing, PlainDrawing)

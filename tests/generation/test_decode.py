@@ -13,7 +13,7 @@ TEXTS = [(1, 2, 3), (), (1, 2, 3), (9, 8)]
 JOBS = [Job(text, prompt, image) for prompt, text in enumerate(TEXTS) for image in range(3)]
 # beside plain ones some with another negative prompt, some mixed, some both
 BESIDE = [
-    job._replace(negative_ids=(4, 5) if i % 2 else (), mixed=Mixed((7,), 0.3) if i % 3 == 1 else None)
+    job._replace(negative=(4, 5) if i % 2 else (), mixed=Mixed((7,), 0.3) if i % 3 == 1 else None)
     for i, job in enumerate(JOBS)
 ]
 SETTINGS = [
@@ -45,7 +45,7 @@ def drawn_naively(gpt: GPT, job: Job, sampling: SamplingConfig, seed: int) -> li
         last = sampling.temperature_end or sampling.temperature
         temperature = sampling.temperature + (last - sampling.temperature) * index / (len(numbers) - 1)
         logits = []
-        for text in (job.text_ids, job.mixed.text_ids if job.mixed else (), job.negative_ids):
+        for text in (job.condition, job.mixed.condition if job.mixed else (), job.negative or ()):
             so_far = torch.tensor([ids], dtype=torch.long)
             hidden = gpt(gpt.layout.join(pad_texts([list(text)], config.text_length), so_far))
             logits.append(gpt.image_logits(hidden[:, -1])[0].double())
@@ -149,7 +149,7 @@ def test_an_interval_of_nothing_is_plain_sampling(gpt: GPT) -> None:
 
 
 def test_guidance_of_the_empty_prompt_changes_nothing(gpt: GPT) -> None:
-    empty = [job for job in JOBS if not job.text_ids]
+    empty = [job for job in JOBS if not job.condition]
     assert torch.equal(
         decode_image_ids(gpt, empty, SETTINGS[0], seed=5), decode_image_ids(gpt, empty, SETTINGS[1], seed=5)
     )
@@ -157,18 +157,18 @@ def test_guidance_of_the_empty_prompt_changes_nothing(gpt: GPT) -> None:
 
 def test_a_prompt_mixed_with_itself_or_led_away_from_itself_is_that_prompt_alone(gpt: GPT) -> None:
     alone = decode_image_ids(gpt, JOBS, SETTINGS[0], seed=5)
-    itself = [job._replace(negative_ids=job.text_ids, mixed=Mixed(job.text_ids, 0.5)) for job in JOBS]
+    itself = [job._replace(negative=job.condition, mixed=Mixed(job.condition, 0.5)) for job in JOBS]
     assert torch.equal(decode_image_ids(gpt, itself, SETTINGS[1], seed=5), alone)
 
 
 def test_guidance_0_reads_the_negative_prompt_only(gpt: GPT) -> None:
-    negative = [Job((), job.prompt_index, job.image_index, job.text_ids) for job in JOBS]
+    negative = [Job((), job.prompt_index, job.image_index, job.condition) for job in JOBS]
     found = decode_image_ids(gpt, negative, SamplingConfig(guidance=0.0), seed=5)
     assert torch.equal(found, decode_image_ids(gpt, JOBS, SETTINGS[0], seed=5))
 
 
 def test_a_text_mixed_in_is_one_more_row_and_where_guidance_is_off_no_negative_prompt_is_computed(gpt: GPT) -> None:
-    jobs = [job._replace(negative_ids=(4,), mixed=Mixed((7,), 0.5)) for job in JOBS]
+    jobs = [job._replace(negative=(4,), mixed=Mixed((7,), 0.5)) for job in JOBS]
     steps = [(rows, 1) for rows in (36, 36, 24, 24, 24)]
     assert computed(gpt, SamplingConfig(guidance=3.0, guidance_interval=(0, 0.5)), jobs)[-5:] == steps
 

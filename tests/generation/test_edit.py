@@ -63,7 +63,7 @@ def test_a_drawn_token_is_drawn_after_all_before_it(make_gpt, positions: str) ->
     gpt, sampling = make_gpt(positions), SamplingConfig(guidance=1.0, top_k=1)
     found = decode_image_ids(gpt, JOBS, sampling, seed=5).flatten(1)
     with torch.no_grad():
-        texts = pad_texts([list(job.text_ids) for job in JOBS], 5)
+        texts = pad_texts([list(job.condition) for job in JOBS], 5)
         hidden = gpt(gpt.layout.join(texts, found))
         likeliest = gpt.image_logits(hidden[:, gpt.layout.image_targets(reversed_order=False)]).argmax(-1)
     for job, ids, wanted in zip(JOBS, found.tolist(), likeliest.tolist(), strict=True):
@@ -91,7 +91,7 @@ def test_native_images_are_the_gpts(gpt: GPT, sampling: SamplingConfig) -> None:
     expected, native = decode_image_ids(gpt, JOBS, sampling, seed=5), NativeGPT(gpt, "fp32")
     for rows in (3, 64):
         assert torch.equal(decode_image_ids(native, JOBS, sampling, seed=5, rows_at_once=rows), expected)
-    ids, texts = expected, [job.text_ids for job in JOBS]
+    ids, texts = expected, [job.condition for job in JOBS]
     torch.testing.assert_close(likelihood_scores(native, ids, texts), likelihood_scores(gpt, ids, texts))
 
 
@@ -118,10 +118,10 @@ def test_a_window_over_fixed_tokens_draws_the_distribution_that_single_steps_dra
 def test_the_likelihood_is_that_of_whole_passes(gpt: GPT) -> None:
     ids = decode_image_ids(gpt, JOBS, SETTINGS[0], seed=5)
     with torch.no_grad():
-        hidden = gpt(gpt.layout.join(pad_texts([list(job.text_ids) for job in JOBS], 5), ids.flatten(1)))
+        hidden = gpt(gpt.layout.join(pad_texts([list(job.condition) for job in JOBS], 5), ids.flatten(1)))
         log_p = gpt.image_logits(hidden[:, gpt.layout.image_targets(reversed_order=False)]).log_softmax(-1)
     expected = log_p.gather(-1, ids.flatten(1)[..., None]).squeeze(-1).mean(1)
-    torch.testing.assert_close(likelihood_scores(gpt, ids, [job.text_ids for job in JOBS]), expected)
+    torch.testing.assert_close(likelihood_scores(gpt, ids, [job.condition for job in JOBS]), expected)
 
 
 def test_what_was_kept_behind_a_hole_ranks_what_was_drawn_in_it(gpt: GPT) -> None:

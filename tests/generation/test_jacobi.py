@@ -15,7 +15,7 @@ from vqt2i.gpt import GPT
 
 TEXTS = [(1, 2, 3), (), (9, 8)]
 JOBS = [Job(text, prompt, image) for prompt, text in enumerate(TEXTS) for image in range(2)]
-JOBS += [Job((1, 2, 3), 3, 0, negative_ids=(4,)), Job((1, 2, 3), 4, 0, mixed=Mixed((7, 7), 0.4))]
+JOBS += [Job((1, 2, 3), 3, 0, negative=(4,)), Job((1, 2, 3), 4, 0, mixed=Mixed((7, 7), 0.4))]
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 
 from vqt2i.checkpoint import load_model, save_model
+from vqt2i.data.images import GREY
 from vqt2i.errors import CheckpointError, PromptError
 from vqt2i.generation import Mix, SamplingConfig, TextToImage
-from vqt2i.generation.decode import Job
 from vqt2i.generation.find import find_parts, write_pipeline
-from vqt2i.generation.pipeline import GREY
 from vqt2i.generation.rerank import combine
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.text.train import TextTokenizerConfig, train_text_tokenizer
@@ -186,7 +185,7 @@ def test_what_is_mixed_in_or_led_away_from_changes_the_pictures_and_the_scores_a
         assert not np.array_equal(sample.image_ids_HW, plain.image_ids_HW)
     ids_1HW = torch.from_numpy(mixed.image_ids_HW)[None]
     own, other = (
-        pipeline._score("both", pipeline._decode(ids_1HW, 1), ids_1HW, Job(tuple(pipeline.text.encode(text)), 0, 0))
+        pipeline._score("both", pipeline._decode(ids_1HW, 1), ids_1HW, text)
         for text in (PROMPTS[0], green)
     )
     for name in ("clip", "caption"):

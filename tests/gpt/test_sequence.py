@@ -51,7 +51,7 @@ def test_real_tokens_have_the_same_positions_whatever_the_text_length_and_the_or
         kept = []
         for layout, batch in ((LAYOUT, text[0]), (wide, text[1])):
             sequences = getattr(layout, method)(pad_texts(*batch), IMAGE)
-            rows = zip(*sequences, strict=True)
+            rows = zip(*sequences[:3], strict=True)
             kept.append([(ids[real].tolist(), positions[real].tolist()) for ids, positions, real in rows])
         assert kept[0] == kept[1]
 
@@ -80,7 +80,7 @@ def test_a_text_that_is_too_long_keeps_its_beginning() -> None:
 
 def test_an_image_of_fewer_tokens_is_the_beginning_of_the_whole() -> None:
     whole, part = LAYOUT.join(TEXT, IMAGE), LAYOUT.join(TEXT, IMAGE[:, :3])
-    assert all(torch.equal(a[:, :9], b) for a, b in zip(whole, part, strict=True))
+    assert all(torch.equal(a[:, :9], b) for a, b in zip(whole[:3], part[:3], strict=True))
 
 
 def test_no_text_is_read_beyond_its_count() -> None:
@@ -89,7 +89,7 @@ def test_no_text_is_read_beyond_its_count() -> None:
     for method in (LAYOUT.join, LAYOUT.join_reversed):
         found, expected = method(dropped, IMAGE), method(empty, IMAGE)
         real = expected.real_BL
-        assert all(torch.equal(a[real], b[real]) for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(a[real], b[real]) for a, b in zip(found[:3], expected[:3], strict=True))
         assert torch.equal(found.real_BL, real)
 
 
@@ -119,10 +119,10 @@ def test_learned_padding_by_hand() -> None:
     assert torch.equal(sequences.ids_BL[:, 6:], IMAGE + FIRST) and sequences.real_BL.all()
     assert sequences.positions_BLA[:, :6].tolist() == [[[k, 0, 0] for k in (0, 1, 2, 3, 4, 0)]] * 3
     back, as_before = layout.join_reversed(TEXT, IMAGE), LAYOUT.join_reversed(TEXT, IMAGE)
-    assert all(torch.equal(*pair) for pair in zip(back, as_before, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(back[:3], as_before[:3], strict=True))
 
 
 def test_learned_padding_fills_up_texts_that_are_padded_less() -> None:
     layout = SequenceLayout(LAYOUT.config.model_copy(update={"padding": "learned"}))
     short, whole = (layout.text_prefix(pad_texts([[7], []], length)) for length in (1, 3))
-    assert all(torch.equal(*pair) for pair in zip(short, whole, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(short[:3], whole[:3], strict=True))

@@ -11,10 +11,10 @@ import torch
 from vqt2i.checkpoint import load_model, read_card
 from vqt2i.cli import main
 from vqt2i.config import load_config
+from vqt2i.data.images import GREY
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import ConfigError
 from vqt2i.generation.find import open_pipeline
-from vqt2i.generation.pipeline import GREY
 from vqt2i.training import vqgan
 from vqt2i.training.compare import vq_model
 from vqt2i.training.compare_quantizers import QUANTIZERS, QuantizerScore, as_markdown

@@ -35,6 +35,8 @@ def load_untrained_gpt(path: Path) -> "GPTRunConfig":
     config = load_config(GPTRunConfig, path)
     if config.sizes is None:
         raise ConfigError(f"{path}: sizes is null; a benchmark needs it, for it reads no tokenizers")
+    if config.condition.kind != "text":
+        raise ConfigError(f"{path}: condition {config.condition.kind}; a benchmark reads texts")
     return config.model_copy(update={"transformer": config.transformer.model_copy(update={"dropout": 0.0})})
 
 

@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "else the shipped one)")  # fmt: skip
     parser.add_argument("--text", type=Path, default=Path("tokenizers/bilingual.model"), metavar="FILE",
                         help="SentencePiece model (default: the bilingual one)")  # fmt: skip
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="keep the images' embeddings by this scorer too, for "
+                        "a GPT that reads them (condition.kind=embedding)")  # fmt: skip
     parser.add_argument("--splits", default="train,val", help="splits to encode (default: train,val)")
     parser.add_argument("--variants", default="centre", metavar="NAME", help="pictures made of each, of which training "
                         "draws one at each visit: centre (one, the default), flip, five-crop or ten-crop; flip and "
@@ -27,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from vqt2i.clip.huggingface import load_scorer
     from vqt2i.config import build_config
     from vqt2i.errors import UserError
     from vqt2i.generation.find import find_image_tokenizer
     from vqt2i.runtime import say
-    from vqt2i.text import TextTokenizer
+    from vqt2i.text import load_tokenizer
     from vqt2i.training.encode import encode_dataset, store_folder
     from vqt2i.training.run import DataConfig, open_dataset
 
@@ -40,9 +43,12 @@ def run(args: argparse.Namespace) -> None:
     data = build_config(DataConfig, {"path": args.data, "variants": args.variants}, "encode_dataset")
     dataset = open_dataset(data)
     _, vq = find_image_tokenizer(args.vq, args.runs)
-    tokenizer = TextTokenizer.load(args.text)
-    out = args.out or store_folder(dataset, vq, tokenizer, data.variants)
+    tokenizer = load_tokenizer(args.text)
+    scorer = args.clip and load_scorer(args.clip)
+    out = args.out or store_folder(dataset, vq, tokenizer, data.variants, scorer)
     splits = tuple(args.splits.split(","))
-    store = encode_dataset(dataset, vq, tokenizer, splits, out, variants=data.variants, n_workers=args.workers)
+    store = encode_dataset(
+        dataset, vq, tokenizer, splits, out, scorer=scorer, variants=data.variants, n_workers=args.workers
+    )
     counts = [f"{name} {split.n_samples:,} samples" for name, split in store.spec.splits.items()]
     say(f"{store.folder}: {', '.join(counts)}")

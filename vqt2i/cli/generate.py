@@ -1,4 +1,4 @@
-"""Draw pictures from prompts, rerank them, keep the best.
+"""Draw pictures from prompts, or variations of pictures, rerank them, keep the best.
 
 Without a prompt, a few examples of what the model was trained on. Pictures, labelled grids and scores.jsonl go into a
 folder, which is printed last, as they come. Stopped, the same command with `--out` that folder goes on.
@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, in any language")
     parser.add_argument("--prompts", type=Path, metavar="FILE", dest="file", help="draw each line of a text file, or "
                         "the first column of a .tsv or of a table whose first column is called Prompt")  # fmt: skip
+    parser.add_argument("--image", type=Path, action="append", default=[], dest="images", metavar="FILE",
+                        help="draw variations of a picture, by a model that reads embeddings (configs/gpt/clip_gen*); "
+                             "may be repeated")  # fmt: skip
     parser.add_argument("--rerank", type=int, metavar="K", help="draw K candidates per prompt and score them")
     parser.add_argument("--n", type=int, metavar="N", help="pictures kept per prompt (default: 4, at most K)")
     parser.add_argument("--scorer", choices=("clip", "caption", "both"), help="what ranks the candidates "
@@ -63,28 +66,30 @@ def _draw(args: argparse.Namespace) -> None:
     from vqt2i.cli.options import placement_from, sampling_from
     from vqt2i.generation.find import open_pipeline
     from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder, set_aside, write_group
-    from vqt2i.generation.pipeline import Mix
-    from vqt2i.generation.prompts import read_prompts
+    from vqt2i.generation.prompts import Picture, prompt_name, read_prompts
+    from vqt2i.generation.samples import Mix
     from vqt2i.processes import LOADING, Stopped, Tally, find_place, from_first
     from vqt2i.runtime import counter, say
     from vqt2i.text import clean_text
 
     place = find_place(args.devices)
     prompts = read_prompts(args.file) if args.file else args.prompts
+    pictures = [Picture.read(path) for path in args.images]
     placement = placement_from(args, place) | {"engine": args.engine, "precision": args.precision}
     pipeline = open_pipeline(args.model, args.runs, **placement)
     if args.grid:
         pipeline = pipeline.with_grid(*args.grid)
     sampling = sampling_from(args, pipeline.config.sampling)
     negative, mix = args.negative and clean_text(args.negative), args.mix and Mix(clean_text(args.mix[0]), _share(args))
-    prompts = [clean_text(prompt) for prompt in prompts or pipeline.config.example_prompts or [""]]
+    examples = () if pictures else pipeline.config.example_prompts or [""]
+    prompts = [*(clean_text(prompt) for prompt in prompts or examples), *pictures]
     scorer = (args.scorer or pipeline.default_scorer) if args.rerank else None
     settings = {
         **sampling.model_dump(), "negative": negative, "mix": mix, "rerank": args.rerank, "scorer": scorer,
         "seed": args.seed, "precision": pipeline.engine.precision, "grid": args.grid,
     }  # fmt: skip
     n = args.n or min(4, args.rerank or 4)
-    request = Request(prompts, n, settings, pipeline.fingerprints)
+    request = Request([prompt_name(prompt) for prompt in prompts], n, settings, pipeline.fingerprints)
 
     outputs: OutputFolder | None = None
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from vqt2i.cli.options import sampling_from
     from vqt2i.generation.find import find_parts, write_pipeline
-    from vqt2i.generation.pipeline import PipelineConfig
+    from vqt2i.generation.parts import PipelineConfig
 
     folders, config = find_parts(args.model, args.runs)
     prompts = tuple(args.prompts) or config.example_prompts

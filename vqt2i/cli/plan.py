@@ -43,7 +43,6 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
     from vqt2i.errors import ConfigError
     from vqt2i.files import write_json
-    from vqt2i.gpt import SequenceLayout
     from vqt2i.training.gpt import GPTRunConfig
     from vqt2i.training.plan import GB, Hardware, cost, count_parameters, estimate_all
 
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     precision = "bf16" if config.trainer.precision == "auto" else config.trainer.precision
     estimates = estimate_all(model, hardware, batch_per_gpu=at_once, precision=precision)
     chosen = next((e for e in estimates if e.fits), None)
-    length = SequenceLayout(model.layout).length
+    length = model.sequence_layout.length
     costs = cost(
         model, args.gpus, int(args.tokens or config.trainer.max_steps * config.trainer.batch_size * length),
         tokens_per_second=args.tokens_per_second, peak_tflops=args.peak_tflops, mfu=args.mfu,
@@ -104,11 +103,11 @@ def _positive(number: type) -> Callable[[str], float]:
 
 def _sizes_on_disk(config: "GPTRunConfig", runs: Path) -> "TokenizerSizes":
     from vqt2i.generation.find import find_image_tokenizer
-    from vqt2i.text import TextTokenizer
+    from vqt2i.text import load_tokenizer
     from vqt2i.training.gpt import tokenizer_sizes
 
     _, vq = find_image_tokenizer(config.image_tokenizer, runs)
-    return tokenizer_sizes(TextTokenizer.load(config.text_tokenizer), vq)
+    return tokenizer_sizes(load_tokenizer(config.text_tokenizer), vq)
 
 
 def _print_table(estimates: "list[Estimate]") -> None:

@@ -2,25 +2,27 @@
 
 store.json                fingerprints of both tokenizers, grid, variants, the shards that each split was made of
 SPLIT.image_ids.npy       (samples, variants, grid height, grid width), codes from 0
+SPLIT.embeddings.npy      (samples, variants, width), float32: of the images, where a scorer was asked for them
 SPLIT.text_ids.npy        all captions one after the other, whole (a reader truncates)
 SPLIT.text_starts.npy     (captions + 1,) where each caption starts in text_ids; the last number is where they end
 SPLIT.caption_starts.npy  (samples + 1,) where each sample's captions start in text_starts; likewise
 
 It is made and compared shard by shard, for a data set grows by shards.
 
-B batch, S longest text, N samples, V variants, H W grid
+B batch, S longest text, N samples, V variants, H W grid, E width of embeddings
 """
 
 import json
 import os
 import zipfile
 from collections.abc import Iterable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from vqt2i.config import Config, build_config
 from vqt2i.data.images import Variants, n_variants
@@ -30,11 +32,13 @@ from vqt2i.files import write_atomic
 
 SPEC_NAME = "store.json"
 _ARRAYS = ("image_ids", "text_ids", "text_starts", "caption_starts")
+EMBEDDINGS = "embeddings"
 
 
 class StoreSpec(Config):
-    """What `store.json` says; `image_tokenizer` and `text_tokenizer` are fingerprints.
+    """What `store.json` says; `image_tokenizer`, `text_tokenizer` and `scorer` are fingerprints.
 
+    scorer, embedding_width: of what made the embeddings, where there are any.
     languages: of the data set; they decide which captions a sample has.
     splits: as in `data.json`; the shards' hashes say what was encoded.
     """
@@ -42,6 +46,8 @@ class StoreSpec(Config):
     format_version: Literal[2] = 2
     image_tokenizer: str
     text_tokenizer: str
+    scorer: str | None = None
+    embedding_width: NonNegativeInt = 0
     languages: tuple[str, ...]
     variants: Variants
     grid_height: PositiveInt
@@ -72,6 +78,7 @@ class TokenPart(NamedTuple):
     text_ids: np.ndarray  # of all captions
     text_lengths: np.ndarray  # of each caption
     n_captions_N: np.ndarray
+    embeddings_NVE: np.ndarray = np.zeros((0, 0, 0), np.float32)
 
 
 def save_part(path: Path, part: TokenPart) -> None:
@@ -98,20 +105,23 @@ def load_part(path: Path) -> TokenPart:
 class TokenSplit:
     """One split, read by whole batches. Pickled as its path: a worker process maps the files itself."""
 
-    def __init__(self, folder: Path, name: str, n_samples: int) -> None:
-        self._arguments = (folder, name, n_samples)
+    def __init__(self, folder: Path, name: str, n_samples: int, *, embedded: bool = False) -> None:
+        self._arguments = (folder, name, n_samples, embedded)
+        names = (*_ARRAYS, EMBEDDINGS) if embedded else _ARRAYS
         try:
             # plain views: indexing np.memmap itself takes several times as long
-            arrays = [np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r")) for array in _ARRAYS]
+            arrays = [np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r")) for array in names]
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{folder}: damaged token store ({error}); remove it and encode again") from None
-        self._image_ids, self._text_ids, self._text_starts, self._caption_starts = arrays
-        if not len(self._image_ids) == len(self._caption_starts) - 1 == n_samples:
+        self._image_ids, self._text_ids, self._text_starts, self._caption_starts = arrays[:4]
+        self._embeddings = arrays[4] if embedded else None
+        if not len(self._image_ids) == len(self._caption_starts) - 1 == len(arrays[4 * embedded]) == n_samples:
             raise DataError(f"{folder}: '{name}' holds {len(self._image_ids)} samples, {SPEC_NAME} says {n_samples}; "
                             "remove it and encode again")  # fmt: skip
 
     def __reduce__(self) -> tuple:
-        return TokenSplit, self._arguments
+        *place, embedded = self._arguments
+        return partial(TokenSplit, embedded=embedded), tuple(place)
 
     def __len__(self) -> int:
         return len(self._image_ids)
@@ -123,6 +133,10 @@ class TokenSplit:
     def image_ids(self, index_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray:
         """Codes of one variant of each sample, int64 (B, H, W)."""
         return self._image_ids[index_B, variant_B].astype(np.int64)
+
+    def embeddings(self, index_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray | None:
+        """The scorer's embedding of one variant of each sample, float32 (B, E), where the store has them."""
+        return None if self._embeddings is None else self._embeddings[index_B, variant_B]
 
     def texts(self, index_B: np.ndarray, draw_B: np.ndarray, text_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each sample the caption that `draw_B` in [0, 1) falls on, of all languages; none where it has none.
@@ -154,7 +168,8 @@ class TokenSplit:
         captions = self._caption_starts[first : behind + 1]
         texts = self._text_starts[captions[0] : captions[-1] + 1]
         text_ids = self._text_ids[texts[0] : texts[-1]]
-        return TokenPart(self._image_ids[first:behind], text_ids, np.diff(texts), np.diff(captions))
+        part = TokenPart(self._image_ids[first:behind], text_ids, np.diff(texts), np.diff(captions))
+        return part if self._embeddings is None else part._replace(embeddings_NVE=self._embeddings[first:behind])
 
 
 class TokenStore:
@@ -177,7 +192,9 @@ class TokenStore:
     def split(self, name: str) -> TokenSplit:
         if name not in self.spec.splits:
             raise DataError(f"{self.folder}: no split '{name}'; it has {', '.join(self.spec.splits)}")
-        return TokenSplit(self.folder, name, self.spec.splits[name].n_samples)
+        return TokenSplit(
+            self.folder, name, self.spec.splits[name].n_samples, embedded=self.spec.scorer is not None
+        )
 
 
 def image_id_dtype(n_image_ids: int) -> type[np.integer]:
@@ -186,18 +203,21 @@ def image_id_dtype(n_image_ids: int) -> type[np.integer]:
 
 
 def write_split(folder: Path, name: str, parts: Iterable[TokenPart], image_shape: tuple[int, int, int],
-                dtype: type[np.integer]) -> None:  # fmt: skip
+                dtype: type[np.integer], embedding_width: int = 0) -> None:  # fmt: skip
     """Write the arrays of one split, holding one part at a time. `image_shape`: as in `StoreSpec`."""
-    kinds = ((dtype, image_shape), (np.int32, ()), (np.int64, ()), (np.int64, ()))
-    arrays = [
-        _GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in zip(_ARRAYS, kinds, strict=True)
-    ]
-    image_ids, text_ids, text_starts, caption_starts = arrays
+    starts = (np.int64, ())
+    kinds = dict(zip(_ARRAYS, ((dtype, image_shape), (np.int32, ()), starts, starts), strict=True))
+    if embedding_width:
+        kinds[EMBEDDINGS] = (np.float32, (image_shape[0], embedding_width))
+    arrays = [_GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in kinds.items()]
+    image_ids, text_ids, text_starts, caption_starts = arrays[:4]
     n_ids = n_captions = 0
     text_starts.append(np.zeros(1))
     caption_starts.append(np.zeros(1))
     for part in parts:
         image_ids.append(part.image_ids_NVHW)
+        for embeddings in arrays[4:]:
+            embeddings.append(part.embeddings_NVE)
         text_ids.append(part.text_ids)
         text_starts.append(n_ids + np.cumsum(part.text_lengths))
         caption_starts.append(n_captions + np.cumsum(part.n_captions_N))

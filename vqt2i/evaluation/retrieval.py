@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from vqt2i.clip import embed_images, embed_texts
 from vqt2i.data.images import to_tensor
 from vqt2i.data.shapes import Caption
 from vqt2i.generation import Sample, TextToImage
-from vqt2i.generation.rerank import resized
-from vqt2i.text import pad_texts
 
 PICTURES_AT_ONCE = 256
 
@@ -27,15 +26,13 @@ def r_precision(pipeline: TextToImage, prompts: Sequence[Caption], groups: Seque
     Args:
         groups: pictures of each prompt.
     """
-    clip, device = pipeline.clip, pipeline.clip.no_text.device
-    text = pad_texts([pipeline.text.encode(prompt.text) for prompt in prompts], clip.config.text_length)
-    text_PE = clip.encode_text(*(t.to(device) for t in text))
+    text_PE = embed_texts(pipeline.clip, [pipeline.text.encode(prompt.text) for prompt in prompts])
     pictures = [(p, sample.image_HW3) for p, group in enumerate(groups) for sample in group]
     right = []
     for start in range(0, len(pictures), PICTURES_AT_ONCE):
         own, images = zip(*pictures[start : start + PICTURES_AT_ONCE], strict=True)
-        image_B3HW = torch.stack([to_tensor(image_HW3) for image_HW3 in images]).to(device)
-        image_BE = clip.encode_image(resized(image_B3HW, clip.config.image_size_px))
+        image_B3HW = torch.stack([to_tensor(image_HW3) for image_HW3 in images]).to(text_PE.device)
+        image_BE = embed_images(pipeline.clip, image_B3HW)
         nearest = (image_BE @ text_PE.T).argmax(1).tolist()
         right += [prompts[a].facts == prompts[b].facts for a, b in zip(own, nearest, strict=True)]
     return float(np.mean(right))

@@ -3,7 +3,9 @@
 from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption
 from vqt2i.generation.decode import decode_image_ids
 from vqt2i.generation.edit import Box, Extend, KeepTop, Mask, Paste, Vary
-from vqt2i.generation.pipeline import Mix, Preview, Sample, TextToImage
+from vqt2i.generation.pipeline import TextToImage
+from vqt2i.generation.prompts import Picture
+from vqt2i.generation.samples import Mix, Preview, Sample
 from vqt2i.generation.sampling import SamplingConfig
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Mask",
     "Mix",
     "Paste",
+    "Picture",
     "Preview",
     "Sample",
     "SamplingConfig",

@@ -21,9 +21,9 @@ from torch import Tensor
 from vqt2i.files import cache_folder
 from vqt2i.generation.decode import PlainDrawing
 from vqt2i.generation.int8 import Int8Linear
-from vqt2i.generation.rows import Job, Prefixes, TextIds, count_runs, read_texts
+from vqt2i.generation.rows import Job, Prefixes, count_runs, read_conditions
 from vqt2i.generation.sampling import SamplingConfig, draw, guide
-from vqt2i.gpt import GPT
+from vqt2i.gpt import GPT, Condition
 from vqt2i.nn.cache import BranchedCache, StaticBranches
 from vqt2i.runtime import synchronize
 
@@ -224,24 +224,28 @@ class CompiledEngine:
         """
         if not self.serves(jobs):
             return PlainDrawing(self.gpt, jobs, uniform_IB, sampling)
-        texts = count_runs(job.text_ids for job in jobs)
-        gpt, shape = self.gpt, self.shape(texts, sampling)
-        read = read_texts(gpt, [text for text, _ in texts], gpt.layout.config.text_length)
-        null = read_texts(gpt, [()], 1) if shape.guided else None
+        conditions = count_runs(job.condition for job in jobs)
+        gpt, shape = self.gpt, self.shape(conditions, sampling)
+        read = read_conditions(gpt, [condition for condition, _ in conditions], whole=True)
+        null = None
+        if shape.guided:  # that of texts is as short in all batches
+            led_from = [gpt.reader.null(jobs[0].condition)]
+            null = read_conditions(gpt, led_from, whole=not gpt.layout.reads_text)
         steps = self.find(shape) or Steps(Room(gpt, shape, read, null), self.compiler)
         self._kept = [*(s for s in self._kept if s is not steps), steps][-ROOMS_KEPT:]
-        rows_G = [row for row, (_, count) in enumerate(texts) for _ in range(count // shape.n_each)]
+        rows_G = [row for row, (_, count) in enumerate(conditions) for _ in range(count // shape.n_each)]
         rows_G += rows_G[-1:] * (steps.room.shape.n_texts - shape.n_texts)
         return CompiledDrawing(steps, (read, null), rows_G, uniform_IB, sampling, drawn_BI)
 
-    @staticmethod
-    def serves(jobs: Sequence[Job]) -> bool:
-        """Whether there is nothing but a text for each image."""
-        return not any(job.negative_ids or job.mixed or job.fixed for job in jobs)
+    def serves(self, jobs: Sequence[Job]) -> bool:
+        """Whether there is nothing but a condition for each image, and one null for all."""
+        nulls = {self.gpt.reader.null(job.condition) for job in jobs}
+        plain = all(job.negative in (None, *nulls) and not job.mixed and not job.fixed for job in jobs)
+        return len(nulls) == 1 and plain
 
-    def shape(self, texts: Sequence[tuple[TextIds, int]], sampling: SamplingConfig) -> Shape:
-        """What these images need: every text the same number of rows, and texts of more images several times."""
-        counts = [count for _, count in texts]
+    def shape(self, conditions: Sequence[tuple[Condition, int]], sampling: SamplingConfig) -> Shape:
+        """What these images need: every condition the same number of rows, those of more images several times."""
+        counts = [count for _, count in conditions]
         n_each, guided = gcd(*counts), bool(sampling.guided_tokens(self.gpt.layout.image_length))
         filters = sampling.top_k, sampling.top_p, sampling.min_p
         return Shape(sum(counts) // n_each, n_each, guided, *filters, self.gpt.cached_dtype)

@@ -1,4 +1,4 @@
-"""Image ids from texts: prefill each distinct text once, share it among its candidates, step all images together.
+"""Image ids from conditions: prefill each distinct one once, share it among its candidates, step all images together.
 
 B batch (images), I image ids
 """
@@ -34,7 +34,7 @@ class Drawing(Protocol):
 
 
 class Start(Protocol):
-    """How a batch is drawn: reads the texts; `uniform_IB` are the numbers in [0, 1) that pick the tokens."""
+    """How a batch is drawn: reads the conditions; `uniform_IB` are the numbers in [0, 1) that pick the tokens."""
 
     def __call__(self, jobs: Sequence[Job], uniform_IB: Tensor, sampling: SamplingConfig) -> Drawing: ...
 
@@ -55,7 +55,7 @@ def decode_image_ids(
     """Draw the ids of every job's image, (jobs, grid height, grid width) on the CPU.
 
     Args:
-        gpt: or what has its `layout`, `device`, `prefill` and `step`.
+        gpt: or what has its `layout`, `reader`, `device`, `prefill` and `step`.
         start: how a batch is drawn; None is by a `PlainDrawing`. Changes speed, not the images.
         rows_at_once: images decoded together; a guided token takes two rows of each. Changes memory and speed, not the
             images. With a `jacobi_window` each is drawn alone, for each goes on at a pace of its own.
@@ -63,8 +63,8 @@ def decode_image_ids(
         on_partial: called after each step with the images being drawn and a function that returns the ids that they
             have so far, (images, tokens) on the CPU. Calling that function waits for the device; not calling it costs
             nothing.
-        on_passes: called with each image that is done and how many passes of the GPT it took, that of its text
-            included: as many as tokens that were drawn, or fewer with a `jacobi_window`.
+        on_passes: called with each image that is done and how many passes of the GPT it took, that of its
+            condition included: as many as tokens that were drawn, or fewer with a `jacobi_window`.
     """
     if sampling.jacobi_window is None:
         size, decode = rows_at_once, partial(_decode_batch, start=start or partial(PlainDrawing, gpt))
@@ -89,7 +89,7 @@ def uniforms(job: Job, seed: int, n: int) -> np.ndarray:
 
 
 class PlainDrawing:
-    """Step by step, with a `gpt` that has the `layout`, `device`, `prefill` and `step` of `GPT`."""
+    """Step by step, with a `gpt` that has the `layout`, `reader`, `device`, `prefill` and `step` of `GPT`."""
 
     def __init__(self, gpt: GPT, jobs: Sequence[Job], uniform_IB: Tensor, sampling: SamplingConfig) -> None:
         self.gpt, self.uniform_IB, self.sampling = gpt, uniform_IB, sampling
@@ -122,9 +122,11 @@ def _decode_batch(
 ) -> Tensor:
     """All images together, a token of each in a step."""
     n = gpt.layout.image_length
-    # images of one text stand together, and texts of equally many images, so that they share prefixes and products
-    counts = Counter(job.text_ids for job in jobs)
-    order = sorted(range(len(jobs)), key=lambda i: (counts[jobs[i].text_ids], jobs[i].text_ids))
+    # images of one condition stand together, and conditions of equally many images, so that they share prefixes and
+    # products; those of one null condition before all
+    counts, null = Counter(job.condition for job in jobs), gpt.reader.null
+    keys = [(null(job.condition), counts[job.condition], job.condition) for job in jobs]
+    order = sorted(range(len(jobs)), key=keys.__getitem__)
     inverse = torch.tensor(order).argsort()
     uniform_IB = torch.from_numpy(np.stack([uniforms(jobs[i], seed, n) for i in order], axis=1)).to(gpt.device)
     drawing = start([jobs[i] for i in order], uniform_IB, sampling)
@@ -150,7 +152,7 @@ def _decode_in_turn(
 ) -> Tensor:
     """One image after the other, several tokens of it in a step."""
     images = []
-    for _, group in groupby(jobs, key=lambda job: job.texts):
+    for _, group in groupby(jobs, key=lambda job: job.conditions):
         group = list(group)
         rows = GuidedRows(gpt, group[:1], sampling)
         for job in group:

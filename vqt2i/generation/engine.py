@@ -88,7 +88,7 @@ class Engine:
 
     def clip(self, clip: CLIP) -> CLIP:
         """What scores in the CLIP's place: faster where the engine is native, else itself."""
-        if self._made is None or not isinstance(self._made[1], NativeGPT):
+        if self._made is None or not isinstance(self._made[1], NativeGPT) or not isinstance(clip, CLIP):
             return clip
         if self._made_clip is None or self._made_clip[0] is not clip:
             try:
@@ -139,7 +139,7 @@ class AutoStart:
         """As `Start`."""
         n, n_images = uniform_IB.shape
         self.n_left -= n_images
-        shape = self.compiled.shape(count_runs(job.text_ids for job in jobs), sampling)
+        shape = self.compiled.shape(count_runs(job.condition for job in jobs), sampling)
         found = self.compiled.find(shape)
         if found and found.is_ready:
             return self.compiled(jobs, uniform_IB, sampling)

@@ -7,10 +7,14 @@ from typing import Any, Literal
 import torch
 
 from vqt2i.checkpoint import CARD, CONFIG, load_model, read_card, save_model
+from vqt2i.clip import CLIP
+from vqt2i.clip.huggingface import CONFIG_JSON, HuggingFaceCLIP, fingerprint_of, load_scorer
 from vqt2i.config import build_config, load_config, save_config
 from vqt2i.errors import CheckpointError
 from vqt2i.files import new_folder, write_atomic
-from vqt2i.generation.pipeline import PARTS, PIPELINE, PipelineConfig, TextToImage, pipeline_folders
+from vqt2i.generation.parts import PARTS, PIPELINE, PipelineConfig, pipeline_folders
+from vqt2i.generation.pipeline import TextToImage
+from vqt2i.generation.reading import reads_embeddings
 from vqt2i.runtime import say
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
@@ -25,6 +29,15 @@ def find_image_tokenizer(folder: Path | None, runs: Path) -> tuple[Path, ImageTo
         folder = trained[0] if trained else SHIPPED / DEFAULT_SHIPPED / "vq"
         say(f"image tokenizer: {folder}" + ("" if trained else " (shipped; none trained yet)"))
     return folder, load_model(folder, ImageTokenizerConfig, ImageTokenizer)
+
+
+def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP | HuggingFaceCLIP]:
+    """The scorer of `folder`, else the newest in `runs`, else the shipped one; says which."""
+    if folder is None:
+        trained = trained_models(runs).get("clip", [])
+        folder = trained[0] if trained else SHIPPED / DEFAULT_SHIPPED / "clip"
+        say(f"scorer: {folder}" + ("" if trained else " (shipped; none trained yet)"))
+    return folder, load_scorer(folder)
 
 
 def trained_models(runs: Path) -> dict[str, list[Path]]:
@@ -45,16 +58,21 @@ def trained_models(runs: Path) -> dict[str, list[Path]]:
 def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
     """The parts that belong with a trained GPT: its tokenizers by fingerprint, the newest scorer for its text.
 
+    The scorer of a GPT that reads embeddings is the one that made them.
+
     Raises:
-        CheckpointError: no GPT, or an image tokenizer or text tokenizer that its card names is gone.
+        CheckpointError: no GPT, or a part that its card names is gone.
     """
     card = read_card(gpt_folder)
     kind = card.get("kind")
     if kind != "gpt":
         raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or a GPT run")
     models = trained_models(runs)
-    vq = _by_fingerprint(models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
+    vq = _by_fingerprint("image tokenizer", models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
     text = Path(card["text_tokenizer"]["path"])
+    if "scorer" in card:
+        clip = _by_fingerprint("scorer", models.get("clip", []), card["scorer"], gpt_folder)
+        return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": clip}
     scorers = [
         clip for clip in models.get("clip", [])
         if _same_text(clip, card) and read_card(clip)["data"]["fingerprint"] == card["data"]["fingerprint"]
@@ -108,7 +126,8 @@ def write_pipeline(
 ) -> None:
     """Copy parts that belong together into a new pipeline folder.
 
-    The image tokenizer stays as it is, whatever `dtype`: the GPT knows it by its fingerprint.
+    The image tokenizer stays as it is, whatever `dtype`, and so does a scorer whose embeddings the GPT reads: the GPT
+    knows them by their fingerprints.
 
     Raises:
         CheckpointError: a part is missing or damaged, or does not belong. UserError: `out` exists already.
@@ -116,10 +135,13 @@ def write_pipeline(
     pipeline = TextToImage.from_parts(folders, config, "cpu")
     with new_folder(out) as partial:
         (partial / "text").mkdir()
-        write_atomic(partial / "text" / "text.model", pipeline.text.model)
-        shutil.copytree(folders["vq"], partial / "vq")
+        for name, content in pipeline.text.files.items():
+            write_atomic(partial / "text" / name, content)
+        known = ["vq", *(["clip"] if reads_embeddings(pipeline.gpt) else [])]
+        for part in known:
+            shutil.copytree(folders[part], partial / part)
         for part, module in (("gpt", pipeline.gpt), ("clip", pipeline.clip)):
-            if module is not None:
+            if module is not None and part not in known:
                 card = {key: value for key, value in read_card(folders[part]).items() if key != "fingerprint"}
                 weights = torch.bfloat16 if dtype == "bf16" else torch.float32
                 save_model(partial / part, module, module.config, card, weights)
@@ -132,14 +154,16 @@ def _defaults(gpt_folder: Path) -> PipelineConfig:
     return build_config(PipelineConfig, values, str(gpt_folder / CARD))
 
 
-def _by_fingerprint(folders: list[Path], wanted: dict[str, str], gpt_folder: Path) -> Path:
+def _by_fingerprint(what: str, folders: list[Path], wanted: dict[str, str], gpt_folder: Path) -> Path:
     for folder in [Path(wanted["path"]), *folders]:
         try:
-            if read_card(folder)["fingerprint"] == wanted["fingerprint"]:
+            foreign = (folder / CONFIG_JSON).is_file() and not (folder / CARD).is_file()
+            found = fingerprint_of(folder) if foreign else read_card(folder)["fingerprint"]
+            if found == wanted["fingerprint"]:
                 return folder
         except (CheckpointError, KeyError):
             continue
-    raise CheckpointError(f"{gpt_folder}: its image tokenizer {wanted['fingerprint'][:8]} ({wanted['path']}) is gone; "
+    raise CheckpointError(f"{gpt_folder}: its {what} {wanted['fingerprint'][:8]} ({wanted['path']}) is gone; "
                           "keep the run that made it beside this one")  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def decoding_needs(
     element = gpt.embedding.weight.element_size()
     kept = FP32 if gpt.device.type == "cpu" else element  # as in Branches
     n = gpt.layout.image_length
-    prefix = 3 + (layout.text_length if text_length is None else text_length)
+    prefix = gpt.layout.prefix_length if text_length is None else 3 + text_length
     guided = sampling.guided_tokens(n)
     branches = 1 + bool(guided) + mixed
     position = 2 * config.n_layers * config.width * kept
@@ -86,7 +86,7 @@ def finishing_needs(vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, captioned: 
     steps = [_decoder_needs(vq, height, width)]
     if clip is not None:
         vision, text = clip.config.vision, clip.config.text
-        element = clip.no_text.element_size()
+        element = next(clip.parameters()).element_size()
         pixels = 2 * 3 * FP32 * clip.config.image_size_px**2
         per_image = pixels + clip.config.n_patches * _activations(vision, element)
         steps.append(Needs((clip.config.text_length + 1) * _activations(text, element), per_image))

@@ -24,7 +24,8 @@ class NativeGPT:
     """
 
     def __init__(self, gpt: GPT, precision: NativePrecision) -> None:
-        self.layout, self.device, self.precision, self._gpt = gpt.layout, gpt.device, precision, gpt
+        self.layout, self.reader, self.device, self.precision = gpt.layout, gpt.reader, gpt.device, precision
+        self._gpt = gpt
         transformer = NativeTransformer(gpt.transformer, gpt.config.transformer, precision, gpt.visible_by_layer())
         self._transformer = transformer
         first = gpt.layout.first_image_id

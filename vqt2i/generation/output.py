@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from vqt2i.data.images import png_bytes
 from vqt2i.errors import UserError
 from vqt2i.files import PARTIAL_PREFIX, require_free, write_atomic, write_json
-from vqt2i.generation.pipeline import Preview, Sample
+from vqt2i.generation.samples import Preview, Sample
 
 REQUEST, SCORES, FINISHED = "request.json", "scores.jsonl", "finished"
 TILE_PX, MARGIN_PX, LABEL_PX = 128, 8, 16

@@ -4,7 +4,6 @@ import copy
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vqt2i.checkpoint import load_model, read_card, require_same
-from vqt2i.clip import CLIP, CLIPConfig
-from vqt2i.config import Config, load_config
-from vqt2i.data.images import GREY, png_bytes, to_tensor, to_uint8
-from vqt2i.errors import CheckpointError, PromptError, ResourceError
+from vqt2i.checkpoint import read_card
+from vqt2i.clip import CLIP
+from vqt2i.config import load_config
+from vqt2i.data.images import GREY, to_tensor, to_uint8
+from vqt2i.errors import PromptError, ResourceError
 from vqt2i.generation.batches import Packer
 from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption, caption_images, require_reads_images
 from vqt2i.generation.decode import Job, decode_image_ids
@@ -34,83 +33,31 @@ from vqt2i.generation.memory import (
     room_on,
     weight_bytes,
 )
-from vqt2i.generation.rerank import EditScorer, Scorer, caption_scores, clip_scores, combine, likelihood_scores
-from vqt2i.generation.rows import Mixed, TextIds
+from vqt2i.generation.parts import PIPELINE, PipelineConfig, load_parts, pipeline_folders
+from vqt2i.generation.prompts import Picture, prompt_name
+from vqt2i.generation.reading import Prompt, PromptReader
+from vqt2i.generation.rerank import EditScorer, Scorer, caption_scores, combine, embedding_scores, likelihood_scores
+from vqt2i.generation.rows import Mixed
+from vqt2i.generation.samples import Mix, Preview, Sample
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig
+from vqt2i.gpt import GPT, Condition
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text
-from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+from vqt2i.vq import ImageTokenizer
 
-PARTS = ("text", "vq", "gpt", "clip")
-PIPELINE = "pipeline.yaml"
 Offload = Literal["auto", "never", "always"]
-
-
-class PipelineConfig(Config):
-    """`pipeline.yaml`: sampling defaults and prompts that show what the pipeline can do."""
-
-    sampling: SamplingConfig = SamplingConfig()
-    example_prompts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """A picture with what made it; notebooks show it as a picture.
-
-    image_HW3: uint8 RGB. image_ids_HW: its codes. scores: by scorer, higher is better; empty if nothing was scored.
-    n_truncated: prompt ids that the model could not read. n_passes: of the GPT that it took, its prompt's included.
-    """
-
-    prompt: str
-    prompt_index: int
-    image_index: int
-    seed: int
-    image_HW3: np.ndarray = field(repr=False)
-    image_ids_HW: np.ndarray = field(repr=False)
-    n_truncated: int = 0
-    scores: dict[str, float] = field(default_factory=dict)
-    n_passes: int = 0
-
-    @property
-    def image(self) -> Image.Image:
-        """The picture as Pillow has it: `sample.image.save("red.png")`."""
-        return Image.fromarray(self.image_HW3)
-
-    def _repr_png_(self) -> bytes:
-        return png_bytes(self.image)
-
-
-class Mix(NamedTuple):
-    """Another text that each prompt is mixed with, and its share in (0, 1).
-
-    The prompt's logits become (1 - share) · its own + share · the text's, and its scores likewise.
-    """
-
-    text: str
-    share: float
-
-
-class Preview(NamedTuple):
-    """The images that are being drawn, as far as their tokens are.
-
-    jobs: which images, by prompt index and image index. images: decodes what there is of them when it is called; uint8
-    (images, height, width, 3), what is not drawn yet in GREY.
-    """
-
-    jobs: Sequence[Job]
-    images: Callable[[], np.ndarray]
 
 
 class _Asked(NamedTuple):
     """What pictures were asked for, `count` of each prompt. scorer: None leaves them unscored."""
 
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     count: int
     scorer: Scorer | None
     sampling: SamplingConfig
-    negative_ids: TextIds
+    negative: Condition | None
     mixed: Mixed | None
+    mix: Mix | None  # what `mixed` was read from
     seed: int
 
 
@@ -133,17 +80,6 @@ def n_candidates(n: int, rerank: int | None) -> int:
     if count < n:
         raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
     return count
-
-
-def pipeline_folders(folder: Path) -> dict[str, Path | None]:
-    """The folder of each part of a pipeline folder; None for a scorer that it does not have.
-
-    Raises:
-        CheckpointError: `folder` is no pipeline folder.
-    """
-    if not (folder / PIPELINE).is_file():
-        raise CheckpointError(f"{folder}: no {PIPELINE} in it; expected a pipeline folder with {', '.join(PARTS)}")
-    return {part: folder / part if part != "clip" or (folder / part).is_dir() else None for part in PARTS}
 
 
 class TextToImage:
@@ -212,27 +148,7 @@ class TextToImage:
         offload: Offload = "auto",
     ) -> "TextToImage":
         """Load parts from a folder each (None for no `clip`) and check that they belong together; see `load`."""
-        text = TextTokenizer.load(folders["text"])
-        vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
-        gpt = load_model(folders["gpt"], GPTConfig, GPT)
-        hint = "use the parts it was trained with"
-        trained = gpt.config
-        require_same(
-            "text tokenizer", folders["gpt"], found=text.fingerprint, expected=trained.text_tokenizer, hint=hint
-        )
-        require_same(
-            "image tokenizer", folders["gpt"], found=vq.fingerprint, expected=trained.image_tokenizer, hint=hint
-        )
-        clip = None
-        if folders["clip"] is not None:
-            clip = load_model(folders["clip"], CLIPConfig, CLIP)
-            require_same(
-                "text tokenizer",
-                folders["clip"],
-                found=text.fingerprint,
-                expected=clip.config.text_tokenizer,
-                hint=hint,
-            )
+        text, vq, gpt, clip = load_parts(folders)
         place = pick_device(device)
         pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place))
         pipeline.gpt_folder = folders["gpt"]
@@ -269,11 +185,13 @@ class TextToImage:
     @property
     def default_scorer(self) -> Scorer:
         """What ranks candidates where nothing else is said."""
+        if not self.gpt.layout.reads_text:
+            return "clip"
         return "both" if self.clip else "caption"
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         *,
         n: int = 1,
         rerank: int | None = None,
@@ -290,9 +208,11 @@ class TextToImage:
         Equal arguments give equal pictures.
 
         Args:
-            prompts: what to draw, in any language; a single string is one prompt.
+            prompts: what to draw, in any language; a single string is one prompt. A picture where the GPT reads
+                embeddings: variations of it. The number of a class where it reads labels, "" where it reads nothing.
             rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
-            scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption".
+            scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption"; "clip" where the GPT
+                reads no text.
             sampling: guidance, temperature and so on; None is the pipeline's own.
             negative: what guidance leads away from; None is the null condition, of no text.
             mix: a second text that the pictures show something of too.
@@ -301,8 +221,8 @@ class TextToImage:
                 for, which need not be at every step.
 
         Raises:
-            PromptError: numbers out of range, a scorer that the pipeline does not have, or a negative or mixed-in text
-                that could not be read to its end or by nothing.
+            PromptError: numbers out of range, a scorer that the pipeline does not have, a prompt of a kind that its GPT
+                does not read, or a negative or mixed-in text that could not be read to its end or by nothing.
         """
         groups = self.stream(
             prompts, n_candidates(n, rerank), scorer=scorer, scored=rerank is not None,
@@ -310,13 +230,13 @@ class TextToImage:
         )  # fmt: skip
         return [sample for group in groups for sample in group[:n]]
 
-    def candidates(self, prompts: str | Sequence[str], count: int, **options: Any) -> list[list[Sample]]:
+    def candidates(self, prompts: Prompt | Sequence[Prompt], count: int, **options: Any) -> list[list[Sample]]:
         """What `stream` yields, as a list."""
         return list(self.stream(prompts, count, **options))
 
     def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         count: int,
         *,
         indices: Sequence[int] | None = None,
@@ -349,34 +269,48 @@ class TextToImage:
         scorer = scorer or self.default_scorer
         if scorer not in get_args(Scorer):
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
+        if scored and scorer != "clip" and not self.gpt.layout.reads_text:
+            raise PromptError(f"scorer {scorer!r}: this GPT reads no text; use the scorer 'clip'")
         if scored and scorer != "caption" and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
         sampling = sampling or self.config.sampling
-        prompts = [clean_text(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        prompts = [prompts] if isinstance(prompts, str | Picture) else prompts
+        prompts = [clean_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        for prompt in prompts:
+            self._reader.require_readable(prompt)
         beside = self._beside(negative, mix, sampling)
-        asked = _Asked(prompts, count, scorer if scored else None, sampling, *beside, seed)
+        asked = _Asked(prompts, count, scorer if scored else None, sampling, *beside, mix, seed)
         indices = range(len(prompts)) if indices is None else indices
         budget = self._budget(asked)
         return self._groups(asked, indices, budget, self._batches(asked, indices, budget, on_token, on_preview))
 
-    def _beside(self, negative: str | None, mix: Mix | None, sampling: SamplingConfig) -> tuple[TextIds, Mixed | None]:
-        negative_ids = self._whole("negative prompt", negative or "")
-        if negative_ids and not sampling.guided_tokens(self.gpt.layout.image_length):
+    @property
+    def _reader(self) -> PromptReader:
+        return PromptReader(self.text, self.gpt, self.clip, self.vq.config.image_size_px)
+
+    def _beside(
+        self, negative: str | None, mix: Mix | None, sampling: SamplingConfig
+    ) -> tuple[Condition | None, Mixed | None]:
+        led_from = self._whole("negative prompt", negative) if negative else None
+        if led_from and not sampling.guided_tokens(self.gpt.layout.image_length):
             start, end = sampling.guidance_interval
             raise PromptError(f"negative prompt {negative[:40]!r}: guidance {sampling.guidance:g} from {start:g} to "
                               f"{end:g} of an image acts on no token, so nothing would read it; expected a guidance "
                               "other than 1")  # fmt: skip
         if mix and not 0 < mix.share < 1:
             raise PromptError(f"share of {mix.text[:40]!r}: found {mix.share:g}, expected more than 0 and less than 1")
-        return negative_ids, Mixed(self._whole("mixed-in text", mix.text), mix.share) if mix else None
+        return led_from, Mixed(self._whole("mixed-in text", mix.text), mix.share) if mix else None
 
-    def _whole(self, what: str, text: str) -> TextIds:
-        """The ids of a text that all prompts share, which is worth a complaint where it is too long."""
-        ids, limit = tuple(self.text.encode(clean_text(text))), self.gpt.layout.config.text_length
-        if len(ids) > limit:
-            raise PromptError(f"{what} {text[:40]!r}: {len(ids)} ids, the model reads {limit}; expected a shorter one")
-        return ids
+    def _whole(self, what: str, text: str) -> Condition:
+        """What is read of a text that all prompts share, which is worth a complaint where it is too long."""
+        text, reader = clean_text(text), self._reader
+        reader.require_readable(text)
+        if n_unread := reader.n_unread(text):
+            limit = reader.most_ids
+            raise PromptError(f"{what} {text[:40]!r}: {limit + n_unread} ids, the model reads {limit}; expected a "
+                              "shorter one")  # fmt: skip
+        return reader.condition(text)
 
     def _budget(self, asked: _Asked) -> Budget:
         scorer = asked.scorer
@@ -428,8 +362,8 @@ class TextToImage:
                 yield {job: _Drawn(ids, n_passes.pop(job)) for job, ids in zip(jobs, ids_BHW, strict=True)}
 
     def _first_job(self, asked: _Asked, prompt_index: int) -> Job:
-        ids = tuple(self.text.encode(asked.prompts[prompt_index]))
-        return Job(ids, prompt_index, 0, asked.negative_ids, asked.mixed)
+        condition = self._reader.condition(asked.prompts[prompt_index])
+        return Job(condition, prompt_index, 0, asked.negative, asked.mixed)
 
     def _groups(
         self, asked: _Asked, indices: Sequence[int], budget: Budget, batches: Iterator[dict[Job, _Drawn]]
@@ -456,12 +390,13 @@ class TextToImage:
         jobs = sorted(drawn, key=lambda job: job.image_index)
         ids_BHW = torch.stack([drawn[job].ids_HW for job in jobs])
         pictures, scores, start = [], defaultdict(list), 0
+        prompt = asked.prompts[jobs[0].prompt_index]
         while start < len(jobs):
             part_BHW = ids_BHW[start : start + budget.finished]
             done = None
             with suppress(torch.OutOfMemoryError):
                 image_B3HW = self._decode(part_BHW, budget.finished)
-                done = self._score(asked.scorer, image_B3HW, part_BHW, jobs[0]) if asked.scorer else {}
+                done = self._score(asked.scorer, image_B3HW, part_BHW, prompt, asked.mix) if asked.scorer else {}
             if done is None:
                 budget.ran_out_finishing(len(part_BHW))
                 continue
@@ -472,11 +407,11 @@ class TextToImage:
         ranking = {name: torch.cat(parts) for name, parts in scores.items()}
         if len(ranking) > 1:
             ranking["both"] = combine(ranking)
-        n_truncated = max(0, len(jobs[0].text_ids) - self.gpt.layout.config.text_length)
+        n_truncated = self._reader.n_unread(prompt)
         # copies: a view would keep all pictures for as long as one of them is kept
         group = [
             Sample(
-                asked.prompts[job.prompt_index], job.prompt_index, job.image_index, asked.seed, pictures[i].copy(),
+                prompt_name(prompt), job.prompt_index, job.image_index, asked.seed, pictures[i].copy(),
                 ids_BHW[i].numpy().copy(), n_truncated, {name: float(values[i]) for name, values in ranking.items()},
                 drawn[job].n_passes,
             )
@@ -516,18 +451,19 @@ class TextToImage:
         image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
         return image_BHW3
 
-    def _score(self, scorer: Scorer, image_B3HW: Tensor, ids_BHW: Tensor, job: Job) -> dict[str, Tensor]:
-        """Scores of candidates of a prompt: of its text, or the mean of both texts' where one is mixed in."""
-        if job.mixed:
-            own, other = (
-                self._score(scorer, image_B3HW, ids_BHW, job._replace(text_ids=ids, mixed=None))
-                for ids in (job.text_ids, job.mixed.text_ids)
-            )
-            return {name: torch.lerp(own[name], other[name], job.mixed.share) for name in own}
-        scores, texts = {}, [job.text_ids] * len(ids_BHW)
+    def _score(
+        self, scorer: Scorer, image_B3HW: Tensor, ids_BHW: Tensor, prompt: Prompt, mix: Mix | None = None
+    ) -> dict[str, Tensor]:
+        """Scores of candidates of a prompt, or the mean of its and of the text's that is mixed in."""
+        if mix:
+            own, other = (self._score(scorer, image_B3HW, ids_BHW, asked) for asked in (prompt, clean_text(mix.text)))
+            return {name: torch.lerp(own[name], other[name], mix.share) for name in own}
+        scores = {}
         if scorer in ("clip", "both"):
-            scores["clip"] = clip_scores(self.engine.clip(self.clip), image_B3HW, texts)
+            asked_E = self._reader.embed(prompt)
+            scores["clip"] = embedding_scores(self.engine.clip(self.clip), image_B3HW, asked_E)
         if scorer in ("caption", "both"):
+            texts = [self.text.encode(prompt)] * len(ids_BHW)
             scores["caption"] = caption_scores(self.engine.gpt(self.gpt), ids_BHW, texts)
         return scores
 
@@ -602,15 +538,16 @@ class TextToImage:
         if pasted and isinstance(change, Vary):
             raise PromptError("a variation keeps cells here and there and no region of pixels; nothing can be pasted")
         sampling, prompt = sampling or self.config.sampling, clean_text(prompt)
-        negative_ids, _ = self._beside(negative, None, sampling)
-        canvas, text_ids = open_canvas(image, change), tuple(self.text.encode(prompt))
+        self._reader.require_readable(prompt)
+        led_from, _ = self._beside(negative, None, sampling)
+        canvas, condition = open_canvas(image, change), self._reader.condition(prompt)
         kept_ids_HW = self._encode(canvas.image_HW3)
         cells = kept_ids_HW.shape[0], kept_ids_HW.shape[1] // self.vq.config.quantizer.ids_per_cell
         jobs = []
         for index in range(count):
             varied = isinstance(change, Vary)
             redrawn_YX = varied_cells(change.share, *cells, seed, index) if varied else canvas.redrawn_cells(*cells)
-            jobs.append(Job(text_ids, 0, index, negative_ids, fixed=fix_kept(kept_ids_HW, redrawn_YX)))
+            jobs.append(Job(condition, 0, index, led_from, fixed=fix_kept(kept_ids_HW, redrawn_YX)))
         n_passes: dict[Job, int] = {}
         ids_BHW = decode_image_ids(
             self.engine.gpt(self.gpt), jobs, sampling, seed, start=self.engine.start(self.gpt, count),
@@ -618,8 +555,8 @@ class TextToImage:
         )  # fmt: skip
         with self._at_work(self.vq, self.clip):
             image_B3HW = self._decode(ids_BHW, FINISHED_AT_ONCE)
-            scores = self._score_edits(scorer, image_B3HW, ids_BHW, jobs[0]) if rerank else {}
-        n_truncated = max(0, len(text_ids) - self.gpt.layout.config.text_length)
+            scores = self._score_edits(scorer, image_B3HW, ids_BHW, prompt) if rerank else {}
+        n_truncated = self._reader.n_unread(prompt)
         samples = [
             Sample(
                 prompt, 0, job.image_index, seed, paste(canvas, picture_HW3, pasted) if pasted else picture_HW3.copy(),
@@ -641,14 +578,16 @@ class TextToImage:
             return self.vq.encode(to_tensor(fitted_HW3)[None].to(self.gpt.device))[0].cpu()
 
     def _score_edits(
-        self, scorer: EditScorer, image_B3HW: Tensor, ids_BHW: Tensor, job: Job
+        self, scorer: EditScorer, image_B3HW: Tensor, ids_BHW: Tensor, prompt: Prompt
     ) -> dict[str, Tensor]:
-        scores, texts = {}, [job.text_ids] * len(ids_BHW)
+        scores = {}
         if scorer in ("likelihood", "all"):
-            gpt, parts = self.engine.gpt(self.gpt), ids_BHW.split(ROWS_AT_ONCE)
-            scores["likelihood"] = torch.cat([likelihood_scores(gpt, part, texts[: len(part)]) for part in parts])
+            gpt, conditions = self.engine.gpt(self.gpt), [self._reader.condition(prompt)] * len(ids_BHW)
+            scores["likelihood"] = torch.cat([
+                likelihood_scores(gpt, part, conditions[: len(part)]) for part in ids_BHW.split(ROWS_AT_ONCE)
+            ])  # fmt: skip
         if scorer != "likelihood":
-            scores |= self._score(self.default_scorer if scorer == "all" else scorer, image_B3HW, ids_BHW, job)
+            scores |= self._score(self.default_scorer if scorer == "all" else scorer, image_B3HW, ids_BHW, prompt)
         if len(scores) > 1:
             scores[scorer] = combine(scores)
         return scores

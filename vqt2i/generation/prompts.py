@@ -1,10 +1,44 @@
-"""A file of prompts, read."""
+"""Prompts from files: one on each line, or a picture."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from vqt2i.data.decode import RefusedError, decode_image
 from vqt2i.errors import PromptError
+from vqt2i.files import sha256_of_parts
 
 HEADER = "Prompt"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture in place of a prompt: what is drawn are variations of it. image_HW3: uint8 RGB, cropped to a square."""
+
+    image_HW3: np.ndarray
+    name: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Picture":
+        """The picture in an image file; its name tells its content too.
+
+        Raises:
+            PromptError: no such file, or no image in it.
+        """
+        try:
+            content = path.read_bytes()
+            return cls(decode_image(content).image_HW3, f"{path.name} ({sha256_of_parts(content)[:8]})")
+        except OSError as error:
+            raise PromptError(f"{path}: cannot be read ({error.strerror}); expected an image file") from error
+        except RefusedError as error:
+            told = ", ".join(filter(None, (error.reason, error.detail)))
+            raise PromptError(f"{path}: {told}; expected an image file") from error
+
+
+def prompt_name(prompt: "str | Picture") -> str:
+    """What stands for a prompt in records and labels."""
+    return prompt if isinstance(prompt, str) else prompt.name
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -11,42 +11,40 @@ import torch
 from torch import Tensor
 
 from vqt2i.generation.sampling import SamplingConfig, guide
-from vqt2i.gpt import GPT
+from vqt2i.gpt import GPT, Condition
 from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
-from vqt2i.text import TextBatch, pad_texts
 
-TextIds = tuple[int, ...]
 FixedIds = tuple[int | None, ...]
 DRAWN = -1  # stands in tensors of fixed ids where none is
 
 
 class Mixed(NamedTuple):
-    """Another text that an image is to show, and its share, in (0, 1), of the conditional logits."""
+    """Something else that an image is to show, and its share, in (0, 1), of the conditional logits."""
 
-    text_ids: TextIds
+    condition: Condition
     share: float
 
 
 class Job(NamedTuple):
-    """One image to draw: the ids of its text, and the numbers that, with the seed, make its random stream.
+    """One image to draw: its condition (of a text, the ids), and what with the seed makes its random stream.
 
-    negative_ids: what guidance leads away from; the empty text is the null condition.
-    mixed: a second text; guided, the two are a conjunction as Liu et al. 2022 (arXiv 2206.01714) compose conditions
-        of diffusion models.
+    negative: what guidance leads away from; None is the null condition.
+    mixed: a second condition; guided, the two are a conjunction as Liu et al. 2022 (arXiv 2206.01714) compose
+        conditions of diffusion models.
     fixed: for each of the image's tokens its id, or None where it is to be drawn; () draws all of them.
     """
 
-    text_ids: TextIds
+    condition: Condition
     prompt_index: int
     image_index: int
-    negative_ids: TextIds = ()
+    negative: Condition | None = None
     mixed: Mixed | None = None
     fixed: FixedIds = ()
 
     @property
-    def texts(self) -> tuple[TextIds, TextIds, Mixed | None]:
+    def conditions(self) -> tuple[Condition, Condition | None, Mixed | None]:
         """What its logits depend on beside the tokens drawn: jobs with equal ones may share rows."""
-        return self.text_ids, self.negative_ids, self.mixed
+        return self.condition, self.negative, self.mixed
 
     def n_passes(self, n: int) -> int:
         """How many passes of the GPT give its `n` tokens one by one, that of its text included."""
@@ -54,21 +52,21 @@ class Job(NamedTuple):
 
 
 class _Prefilled(NamedTuple):
-    """Rows that have read their texts: the logits of their first token, (rows, 1, V), and their branches."""
+    """Rows that have read their conditions: the logits of their first token, (rows, 1, V), and their branches."""
 
     logits: Tensor
     branches: list[Branches]
 
 
 class GuidedRows:
-    """A row for each image's text, one more where a text is mixed in, and one for guidance to lead away from.
+    """A row for each image's condition, one more where one is mixed in, and one for guidance to lead away from.
 
-    Each text is read at once, and the rows that stand beside it continue it; the rows for guidance read image tokens
-    only when logits are asked for that it acts on.
+    Each condition is read at once, and the rows that stand beside it continue it; the rows for guidance read image
+    tokens only when logits are asked for that it acts on.
     """
 
     def __init__(self, gpt: GPT, jobs: Sequence[Job], sampling: SamplingConfig) -> None:
-        """Read the texts. Jobs of equal texts side by side share them."""
+        """Read the conditions. Jobs of equal ones side by side share them."""
         self.gpt, self.n_images = gpt, len(jobs)
         n = gpt.layout.image_length
         self.guided = sampling.guided_tokens(n)
@@ -77,12 +75,13 @@ class GuidedRows:
         self.image_R = torch.tensor([*range(len(jobs)), *mixed], device=gpt.device)
         shares = [1 - job.mixed.share if job.mixed else 1.0 for job in jobs] + [m.share for m in mixed.values()]
         self.share_R11 = torch.tensor(shares, device=gpt.device)[:, None, None] if mixed else None
-        texts = [job.text_ids for job in jobs] + [m.text_ids for m in mixed.values()]
-        self.first, branches = _prefill(gpt, texts)
+        self.first, branches = _prefill(gpt, [job.condition for job in jobs] + [m.condition for m in mixed.values()])
         self.conditional = self.all = BranchedCache(branches)
         self.caches = [self.conditional]
         if self.guided:
-            self.first_null, null = _prefill(gpt, [job.negative_ids for job in jobs])
+            null_of = gpt.reader.null
+            led_from = [null_of(job.condition) if job.negative is None else job.negative for job in jobs]
+            self.first_null, null = _prefill(gpt, led_from)
             self.null, self.all = BranchedCache(null), BranchedCache([*branches, *null])
             self.caches.append(self.null)
 
@@ -121,37 +120,29 @@ class GuidedRows:
 
 
 class Prefixes(NamedTuple):
-    """Texts that were read: the logits of their images' first token, (G, V), their keys, and which are no padding."""
+    """Conditions that were read: logits of their images' first token, (G, V), keys, and which are no padding."""
 
     logits_GV: Tensor
     cache: PrefixCache
     real_GP: Tensor
 
 
-def read_texts(gpt: GPT, texts: Sequence[TextIds], length: int) -> Prefixes:
-    """Read texts as prefixes of images, each cut or padded to `length` ids."""
-    text = TextBatch(*(t.to(gpt.device) for t in pad_texts([list(ids) for ids in texts], length)))
-    prefix = gpt.layout.text_prefix(text)
+def read_conditions(gpt: GPT, conditions: Sequence[Condition], *, whole: bool = False) -> Prefixes:
+    """Read conditions as prefixes of images, padded to the longest of them or, `whole`, to the longest possible."""
+    prefix = gpt.reader(gpt.reader.collate(conditions, gpt.device, whole=whole))
     return Prefixes(*gpt.prefill(prefix), prefix.real_BL)
 
 
-def fixed_ids(jobs: Sequence[Job], n: int) -> Tensor:
-    """The ids of each image that are fixed, (B, n), and DRAWN elsewhere."""
-    return torch.tensor([[DRAWN if id is None else id for id in job.fixed or (None,) * n] for job in jobs])
+def count_runs(conditions: Iterable[Condition]) -> list[tuple[Condition, int]]:
+    """Conditions with the number of times that each stands side by side."""
+    return [(condition, len(list(rows))) for condition, rows in groupby(conditions)]
 
 
-def count_runs(texts: Iterable[TextIds]) -> list[tuple[TextIds, int]]:
-    """Texts with the number of times that each stands side by side."""
-    return [(text, len(list(rows))) for text, rows in groupby(texts)]
-
-
-def _prefill(gpt: GPT, texts: Sequence[TextIds]) -> _Prefilled:
-    """Read the texts, one for each row; equal ones side by side are read once, and equally many of each together."""
+def _prefill(gpt: GPT, conditions: Sequence[Condition]) -> _Prefilled:
+    """Read conditions, one for each row; equal ones side by side are read once, and equally many of each together."""
     logits, branches = [], []
-    for n_each, group in groupby(count_runs(texts), key=lambda run: run[1]):
-        ids = [text for text, _ in group]
-        # padded to the longest of them only: what is not there costs nothing in any step
-        read = read_texts(gpt, ids, min(max(1, *map(len, ids)), gpt.layout.config.text_length))
+    for n_each, group in groupby(count_runs(conditions), key=lambda run: run[1]):
+        read = read_conditions(gpt, [condition for condition, _ in group])
         logits.append(read.logits_GV.repeat_interleave(n_each, dim=0))
         branches.append(Branches(read.cache, read.real_GP, n_each, gpt.layout.image_length - 1))
     return _Prefilled(torch.cat(logits)[:, None], branches)

@@ -1,18 +1,42 @@
-"""The joint text and image decoder."""
+"""The joint decoder of a condition and an image."""
 
+from vqt2i.gpt.condition import (
+    Condition,
+    ConditionBatch,
+    ConditionConfig,
+    LabelCondition,
+    LinearProjection,
+    MLPProjection,
+    Projection,
+    TextCondition,
+    VectorBatch,
+    VectorCondition,
+    Vectors,
+)
 from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss, image_log_probability
 from vqt2i.gpt.model import GPT, GPTConfig, Positions
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 
 __all__ = [
     "GPT",
+    "Condition",
+    "ConditionBatch",
+    "ConditionConfig",
     "GPTConfig",
     "GPTLoss",
+    "LabelCondition",
     "LayoutConfig",
+    "LinearProjection",
     "LossWeights",
+    "MLPProjection",
     "Positions",
+    "Projection",
     "SequenceLayout",
     "Sequences",
+    "TextCondition",
+    "VectorBatch",
+    "VectorCondition",
+    "Vectors",
     "caption_log_probability",
     "gpt_loss",
     "image_log_probability",

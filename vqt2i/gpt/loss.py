@@ -10,8 +10,8 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from vqt2i.config import Config
+from vqt2i.gpt.condition import ConditionBatch
 from vqt2i.gpt.model import GPT
-from vqt2i.gpt.sequence import Sequences
 from vqt2i.text.batch import TextBatch
 
 
@@ -35,16 +35,23 @@ class GPTLoss(NamedTuple):
     image_unconditional: Tensor
 
 
-def gpt_loss(gpt: GPT, text: TextBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights) -> GPTLoss:
-    """Loss of a batch whose first `n_reversed` rows are read image → text and the others text → image.
+def gpt_loss(
+    gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights
+) -> GPTLoss:
+    """Loss of a batch whose first `n_reversed` rows are read image → text and the others condition → image.
 
-    In the reversed order the image comes first, so its loss is that of an unconditional image model.
+    In the reversed order the image comes first, so its loss is that of an unconditional image model. A condition that
+    is no text is never predicted: no rows are reversed, and of the loss there is the image's part alone.
     """
+    if not gpt.layout.reads_text:
+        assert n_reversed == 0
+        return _image_loss(gpt, condition, image_BI, weights)
+    text: TextBatch = condition
     layout, n = gpt.layout, n_reversed
     back = layout.join_reversed(TextBatch(*(t[:n] for t in text)), image_BI[:n])
     forth = layout.join(TextBatch(*(t[n:] for t in text)), image_BI[n:])
     whole = back.cat(forth)
-    hidden = gpt(Sequences(*(t[:, :-1] for t in whole)))
+    hidden = gpt(whole.until(-1))
 
     image_at = {order: layout.image_targets(reversed_order=order) for order in (True, False)}
     image_hidden = torch.cat((hidden[:n, image_at[True]], hidden[n:, image_at[False]]))
@@ -72,6 +79,14 @@ def gpt_loss(gpt: GPT, text: TextBatch, image_BI: Tensor, n_reversed: int, weigh
     return GPTLoss(total=total, **parts)
 
 
+def _image_loss(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, weights: LossWeights) -> GPTLoss:
+    whole = gpt.reader(condition).then(gpt.layout.image_part(image_BI))
+    hidden = gpt(whole.until(-1))
+    nll, z = token_nll(gpt.image_logits(hidden[:, gpt.layout.image_targets(reversed_order=False)]), image_BI)
+    none = nll.new_full((), torch.nan)
+    return GPTLoss(weights.image * nll.mean() + weights.z * z.mean(), nll.mean(), none, none, none)
+
+
 def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tensor:
     """log p(text | image) in nats per token, EOT counted, (B,): the caption score of CogView (arXiv 2105.13290, §3.4).
 
@@ -81,7 +96,7 @@ def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tens
     # behind the longest text is padding only, which nothing before it sees
     start = gpt.layout.text_targets(reversed_order=True).start
     at = slice(start, start + int(text.n_ids_B.max()) + 1)
-    hidden = gpt(Sequences(*(t[:, : at.stop] for t in sequences)))
+    hidden = gpt(sequences.until(at.stop))
     counts = _shifted(sequences.real_BL, at)
     nll, _ = token_nll(gpt.text_logits(hidden[:, at]), _shifted(sequences.ids_BL, at).clamp_max(gpt.layout.eot))
     return -(nll * counts).sum(1) / counts.sum(1)
@@ -90,7 +105,7 @@ def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tens
 def image_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tensor:
     """log p(image | text) in nats, (B,)."""
     sequences = gpt.layout.join(text, image_BI)
-    hidden = gpt(Sequences(*(t[:, :-1] for t in sequences)))
+    hidden = gpt(sequences.until(-1))
     nll, _ = token_nll(gpt.image_logits(hidden[:, gpt.layout.image_targets(reversed_order=False)]), image_BI)
     return -nll.sum(1)
 

@@ -1,4 +1,4 @@
-"""A decoder over text and image ids with a split head.
+"""A decoder over a condition and image ids, with a split head for text and image.
 
 B batch, L sequence, D width, A axes, V vocabulary, I image ids, P patterns of sparse attention
 """
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from vqt2i.config import Config, build_config
 from vqt2i.errors import ConfigError
+from vqt2i.gpt.condition import ConditionConfig, TextCondition
+from vqt2i.gpt.reader import build_reader
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 from vqt2i.nn.attention import FLEX_HEAD_WIDTH, block_mask
 from vqt2i.nn.cache import BranchedCache, PrefixCache
@@ -33,14 +35,32 @@ Positions = Literal["rotary", "learned", "raster", "sequence"]
 
 
 class GPTConfig(Config):
-    """`text_tokenizer` and `image_tokenizer` are the fingerprints of what made the ids it was trained on."""
+    """`text_tokenizer` and `image_tokenizer` are the fingerprints of what made the ids it was trained on.
+
+    condition: what is read before an image. Of vectors and labels the layout has no text sizes, and no text tokenizer.
+    """
 
     transformer: TransformerConfig
     layout: LayoutConfig
+    condition: ConditionConfig = TextCondition()
     positions: Positions = "rotary"
     sparsity: SparsityConfig = DenseConfig()
-    text_tokenizer: str
+    text_tokenizer: str | None = None
     image_tokenizer: str
+
+    @property
+    def sequence_layout(self) -> SequenceLayout:
+        return SequenceLayout(self.layout, self.condition)
+
+    @model_validator(mode="after")
+    def _texts_have_sizes_and_nothing_else_has(self) -> GPTConfig:
+        sizes = {"layout.n_text_ids": self.layout.n_text_ids, "layout.text_length": self.layout.text_length}
+        parts = sizes | {"text_tokenizer": self.text_tokenizer}
+        wrong = [f"{name} {value}" for name, value in parts.items() if bool(value) != self.sequence_layout.reads_text]
+        if wrong or (self.layout.padding == "learned" and not self.sequence_layout.reads_text):
+            raise ValueError(f"condition {self.condition.kind}: found {', '.join(wrong) or 'learned padding'}; texts "
+                             "have a tokenizer and sizes above 0, other conditions neither")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _heads_hold_pairs(self) -> GPTConfig:
@@ -52,7 +72,7 @@ class GPTConfig(Config):
 
     @model_validator(mode="after")
     def _pivots_are_in_the_image(self) -> GPTConfig:
-        length = SequenceLayout(self.layout).image_length
+        length = self.sequence_layout.image_length
         if isinstance(self.sparsity, PivotWindowConfig) and self.sparsity.n_pivots > length:
             raise ValueError(f"sparsity.n_pivots {self.sparsity.n_pivots}: expected at most the image's {length} ids")
         return self
@@ -74,8 +94,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.layout = SequenceLayout(config.layout)
+        self.layout = config.sequence_layout
         width = config.transformer.width
+        self.reader = build_reader(self.layout, width)
         self.embedding = nn.Embedding(self.layout.n_ids, width)
         self.transformer = Transformer(config.transformer)
         self.head = SplitHead(width, self.layout.n_targets, bias=False)
@@ -85,7 +106,7 @@ class GPT(nn.Module):
             pairs = config.transformer.head_width // 2
             self.rotary = Rotary((pairs - 2 * (pairs // 4), pairs // 4, pairs // 4), (10_000.0, 100.0, 100.0))
         else:
-            layout, text_size = config.layout, config.layout.text_length + 2
+            layout, text_size = config.layout, self.layout.n_text_positions
             sizes = {
                 "learned": (text_size, layout.grid_height + 1, layout.grid_width + 1),
                 "raster": (text_size, self.layout.image_length + 1),
@@ -147,7 +168,7 @@ class GPT(nn.Module):
         twin = copy.deepcopy(self, memo={id(parameter): parameter for parameter in self.parameters()})
         layout = own.model_copy(update={"grid_height": height, "grid_width": width})
         twin.config = build_config(GPTConfig, {**self.config.model_dump(), "layout": layout.model_dump()}, "grid")
-        twin.layout = SequenceLayout(layout)
+        twin.layout = twin.reader.layout = twin.config.sequence_layout
         if not isinstance(self.config.sparsity, DenseConfig):
             twin.visible_PII = twin._visible().to(self.device)
         return twin
@@ -177,7 +198,7 @@ class GPT(nn.Module):
         return self.head(hidden_BLD, slice(self.layout.first_image_id, None))
 
     def prefill(self, prefix: Sequences, *, reversed_order: bool = False) -> tuple[Tensor, PrefixCache]:
-        """Read a prefix into a new cache: `layout.text_prefix`, or in the reversed order `layout.image_prefix`.
+        """Read a prefix into a new cache: by the `reader`, or in the reversed order `layout.image_prefix`.
 
         Returns the logits after it, (B, n_image_ids) or in the reversed order (B, n_text_ids + 1), and the cache.
         """
@@ -245,6 +266,9 @@ class GPT(nn.Module):
             n_before_B: real positions before the first of these; None is none.
         """
         x_BLD = self.embedding(sequences.ids_BL)
+        if sequences.vectors_BND is not None:
+            vectors_BND = sequences.vectors_BND.to(x_BLD.dtype)
+            x_BLD = torch.cat((vectors_BND, x_BLD[:, vectors_BND.shape[1] :]), dim=1)
         if self.config.positions == "rotary":
             return x_BLD, self.rotary(sequences.positions_BLA)
         if self.config.positions == "learned":

@@ -17,31 +17,51 @@ Positions have three axes (text, row, column): a text token is (k, 0, 0) counted
 changes nothing; an image token is (0, row + 1, column + 1); marks are (0, 0, 0), EOT follows its text.
 A text of no ids is the null condition of classifier-free guidance (Ho & Salimans 2022).
 
-B batch, S longest text, I image ids, L sequence, A axes
+Where vectors or a label stand for a text there are image ids only, and behind them one of each label and of the null:
+
+    vectors → image    PAD … PAD v₁ … vₙ i₁ … i_I        label → image    C i₁ … i_I
+
+The last of them predicts i₁, as the mark BOI does. Vectors stand at (k, 0, 0) from 0, a label at (0, 0, 0).
+
+B batch, S longest text, N vectors, I image ids, L sequence, A axes, D the model's width
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from vqt2i.config import Config
+from vqt2i.gpt.condition import ConditionConfig, LabelCondition, TextCondition, VectorCondition
 from vqt2i.text.batch import TextBatch
 
 
 class Sequences(NamedTuple):
-    """ids_BL long; positions_BLA long, A = 3; real_BL bool, false for padding."""
+    """ids_BL long; positions_BLA long, A = 3; real_BL bool, false for padding.
+
+    vectors_BND: what stands in place of the embeddings of the first N ids, which say nothing then.
+    """
 
     ids_BL: Tensor
     positions_BLA: Tensor
     real_BL: Tensor
+    vectors_BND: Tensor | None = None
 
     def cat(self, other: "Sequences") -> "Sequences":
-        """The rows of both."""
-        return Sequences(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+        """The rows of both; they are of ids alone."""
+        return Sequences(*(torch.cat(pair) for pair in zip(self[:3], other[:3], strict=True)))
+
+    def then(self, other: "Sequences") -> "Sequences":
+        """Each row followed by the other's, which is of ids alone."""
+        joined = (torch.cat(pair, dim=1) for pair in zip(self[:3], other[:3], strict=True))
+        return Sequences(*joined, self.vectors_BND)
+
+    def until(self, end: int) -> "Sequences":
+        """The positions before `end`, which is behind all vectors."""
+        return Sequences(*(t[:, :end] for t in self[:3]), self.vectors_BND)
 
     def causal_mask(self) -> Tensor:
         """Bool (B, 1, L, L): a query sees itself and the real positions before it.
@@ -57,12 +77,12 @@ class Sequences(NamedTuple):
 class LayoutConfig(Config):
     """Sizes of a sequence; they follow from the tokenizers and the longest text.
 
-    padding: of texts before an image, "masked" or "learned".
+    n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned".
     """
 
-    n_text_ids: PositiveInt
+    n_text_ids: NonNegativeInt = 0
     n_image_ids: PositiveInt
-    text_length: PositiveInt
+    text_length: NonNegativeInt = 0
     grid_height: PositiveInt
     grid_width: PositiveInt
     padding: Literal["masked", "learned"] = "masked"
@@ -70,9 +90,14 @@ class LayoutConfig(Config):
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Joins text and image ids into sequences and says which positions predict what."""
+    """Joins a condition and image ids into sequences and says which positions predict what."""
 
     config: LayoutConfig
+    condition: ConditionConfig = field(default_factory=TextCondition)
+
+    @property
+    def reads_text(self) -> bool:
+        return isinstance(self.condition, TextCondition)
 
     @property
     def eot(self) -> int:
@@ -80,7 +105,7 @@ class SequenceLayout:
 
     @property
     def first_image_id(self) -> int:
-        return self.config.n_text_ids + 1
+        return self.config.n_text_ids + 1 if self.reads_text else 0
 
     @property
     def pad(self) -> int:
@@ -107,13 +132,21 @@ class SequenceLayout:
         return self.pad + 5
 
     @property
+    def first_label_id(self) -> int:
+        return self.first_image_id + self.config.n_image_ids
+
+    @property
     def n_ids(self) -> int:
+        if isinstance(self.condition, LabelCondition):
+            return self.first_label_id + self.condition.n_labels + 1
+        if isinstance(self.condition, VectorCondition):
+            return self.n_targets
         return self.first_learned_pad + (self.config.text_length if self.config.padding == "learned" else 0)
 
     @property
     def n_targets(self) -> int:
         """Ids below this one can be predicted; the rest are inputs only."""
-        return self.pad
+        return self.first_image_id + self.config.n_image_ids
 
     @property
     def image_length(self) -> int:
@@ -122,7 +155,14 @@ class SequenceLayout:
     @property
     def prefix_length(self) -> int:
         """Length of everything before the first image token in the order text → image."""
-        return self.config.text_length + 3
+        if isinstance(self.condition, VectorCondition):
+            return self.condition.n_vectors
+        return self.config.text_length + 3 if self.reads_text else 1
+
+    @property
+    def n_text_positions(self) -> int:
+        """Length of the text axis: positions on it are below."""
+        return self.config.text_length + 2 if self.reads_text else self.prefix_length
 
     @property
     def length(self) -> int:
@@ -151,6 +191,18 @@ class SequenceLayout:
         real = torch.cat((order_BL >= 0, torch.ones_like(boi, dtype=torch.bool)), dim=1)
         return Sequences(torch.cat((ids, boi), dim=1), positions, real)
 
+    def vector_prefix(self, vectors_BND: Tensor, real_BN: Tensor) -> Sequences:
+        """PAD … vectors: what stands before the image where vectors do. `real_BN`: bool, false for padding."""
+        positions = torch.zeros(*real_BN.shape, 3, dtype=torch.long, device=real_BN.device)
+        positions[..., 0] = (real_BN.long().cumsum(1) - 1).clamp_min(0)
+        return Sequences(torch.zeros_like(positions[..., 0]), positions, real_BN, vectors_BND)
+
+    def label_prefix(self, label_B: Tensor) -> Sequences:
+        """The id of each label, (B, 1); `n_labels` is the null."""
+        ids_B1 = label_B[:, None] + self.first_label_id
+        positions = torch.zeros(*ids_B1.shape, 3, dtype=torch.long, device=ids_B1.device)
+        return Sequences(ids_B1, positions, torch.ones_like(ids_B1, dtype=torch.bool))
+
     def image_part(self, image_BI: Tensor, first: int | Tensor = 0) -> Sequences:
         """Image codes (from 0), number `first` (a tensor: (1,)) and those after it, as ids with their positions."""
         n = image_BI.shape[1]
@@ -167,8 +219,7 @@ class SequenceLayout:
 
     def join(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """text → image, length `length`."""
-        prefix, image = self.text_prefix(text), self.image_part(image_BI)
-        return Sequences(*(torch.cat(pair, dim=1) for pair in zip(prefix, image, strict=True)))
+        return self.text_prefix(text).then(self.image_part(image_BI))
 
     def image_prefix(self, image_BI: Tensor) -> Sequences:
         """I2T image BOT: what stands before the text in the order image → text."""
@@ -194,7 +245,7 @@ class SequenceLayout:
         inner = F.pad(text.ids_BS, (0, 1))
         ids = torch.where(order_BL < n_B1, inner, torch.where(order_BL == n_B1, self.eot, self.pad))
         after = self.text_part(ids)._replace(real_BL=order_BL <= n_B1)
-        return Sequences(*(torch.cat(pair, dim=1) for pair in zip(self.image_prefix(image_BI), after, strict=True)))
+        return self.image_prefix(image_BI).then(after)
 
     def text_targets(self, *, reversed_order: bool) -> slice:
         """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included)."""

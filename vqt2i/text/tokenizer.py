@@ -51,6 +51,11 @@ class TextTokenizer:
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}; expected a SentencePiece .model file") from None
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What a folder needs to hold for it to be loaded from there."""
+        return {"text.model": self.model}
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end marks. The empty text gives no ids."""
         return self._processor.EncodeAsIds(clean_text(text))

@@ -25,13 +25,15 @@ from vqt2i.text import TextBatch, TextTokenizer, pad_texts
 class Batch(NamedTuple):
     """Samples together: images, float (B, 3, H, W) in [-1, 1], or their codes, long (B, H, W); one caption of each.
 
-    `text` is None where texts were not asked for; `chance_B` in [0, 1) draws the dropped conditions.
+    `text` is None where texts were not asked for; `chance_B` in [0, 1) draws the dropped conditions. `embedding_BE` is
+    the image's by a scorer, where the store has it.
     """
 
     image: Tensor | None
     image_ids: Tensor | None
     text: TextBatch | None
     chance_B: Tensor
+    embedding_BE: Tensor | None = None
 
 
 class SampleSource(Protocol):
@@ -103,7 +105,9 @@ class TokenSamples:
             text = pad_texts(_encoded(self.tokenizer, texts, self.bpe_dropout, self.seed, visits), text_length)
         elif text_length is not None:
             text = TextBatch(*map(torch.from_numpy, self.split.texts(visits.index_B, caption_draw_B, text_length)))
-        return Batch(None, image_ids, text, _chances(self.seed, visits))
+        embeddings = self.split.embeddings(visits.index_B, variant_B)
+        embedding_BE = None if embeddings is None else torch.from_numpy(embeddings)
+        return Batch(None, image_ids, text, _chances(self.seed, visits), embedding_BE)
 
 
 def _encoded(tokenizer: TextTokenizer, texts: list[str], dropout: float, seed: int, visits: Visits) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from vqt2i.clip import CLIP, CLIPConfig, contrastive_loss
+from vqt2i.clip import CLIP, CLIPConfig, contrastive_loss, modality_gap
 from vqt2i.clip.loss import recall_at, same_captions
 from vqt2i.config import Config, build_config
 from vqt2i.nn.transformer import TransformerConfig
@@ -103,6 +103,8 @@ class CLIPModule(L.LightningModule):
         for k in (1, 5):
             values[f"val/image_to_text_r{k}"] = recall_at(similarity, right, k)
             values[f"val/text_to_image_r{k}"] = recall_at(similarity.T, right, k)
+        gap = modality_gap(image_BE, text_BE)
+        values |= {f"val/gap_{name}": value for name, value in gap._asdict().items() if name != "shift_E"}
         self.log_dict(values)
         if self._last_loss is not None:  # the training loss: overfitting raises that of validation above guessing too
             self._watch_plateau(float(self._last_loss), self._last_n_pairs)

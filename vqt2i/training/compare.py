@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vqt2i.errors import ConfigError
-from vqt2i.gpt import GPT, GPTConfig, LossWeights, SequenceLayout, gpt_loss
+from vqt2i.gpt import GPT, GPTConfig, LossWeights, gpt_loss
 from vqt2i.runtime import Precision, matmul_rate
 from vqt2i.text import TextBatch
 from vqt2i.training.compiled import compile_for_training
@@ -231,7 +231,7 @@ def llama(config: GPTConfig, *, use_cache: bool) -> nn.Module:
     except ImportError as error:
         raise ConfigError("this benchmark compares with `transformers`, which is not installed; "
                           "pip install 'vqt2i[benchmark]'") from error  # fmt: skip
-    layout, size = SequenceLayout(config.layout), config.transformer
+    layout, size = config.sequence_layout, config.transformer
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=layout.n_ids, max_position_embeddings=layout.length, hidden_size=size.width,

@@ -1,5 +1,7 @@
 """A data set into a token store: every image through the image tokenizer once, every caption through the text one.
 
+For a GPT that reads embeddings of images, every image through the scorer that makes them too.
+
 B batch, V variants, H W pixels
 """
 
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from vqt2i.clip import CLIP, embed_images
 from vqt2i.data.images import Variants, fit_variant, n_variants, to_tensor
 from vqt2i.data.shards import DataSet
 from vqt2i.data.store import (
@@ -32,8 +35,9 @@ from vqt2i.vq import ImageTokenizer
 
 
 def store_spec(
-    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], variants: Variants
-) -> StoreSpec:
+    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], variants: Variants,
+    scorer: CLIP | None = None,
+) -> StoreSpec:  # fmt: skip
     """What the store of these says.
 
     Raises:
@@ -45,6 +49,8 @@ def store_spec(
     return StoreSpec(
         image_tokenizer=vq.fingerprint,
         text_tokenizer=tokenizer.fingerprint,
+        scorer=scorer and scorer.fingerprint,
+        embedding_width=scorer.config.embedding_width if scorer else 0,
         languages=dataset.languages,
         variants=variants,
         grid_height=vq.config.grid_height,
@@ -60,6 +66,7 @@ def encode_dataset(
     splits: tuple[str, ...],
     out: Path,
     *,
+    scorer: CLIP | None = None,
     variants: Variants = "centre",
     batch_size: int = 64,
     n_workers: int = 0,
@@ -67,10 +74,10 @@ def encode_dataset(
     """Write a token store, or bring the one in `out` up to date; it appears whole or not at all.
 
     Images are fitted to the tokenizer's size. `n_workers` processes read and crop them (0: this one), this process
-    encodes, `batch_size` images at a time. A shard that the store in `out` holds already is copied (same SHA-256 in
-    `data.json`, same tokenizers, variants and languages), so a grown data set costs what is new; splits of it that were
-    not asked for stay. What is done is kept shard by shard beside `out`, and a call after a kill goes on there, to the
-    same bytes.
+    encodes, `batch_size` images at a time; with a scorer, it embeds them too. A shard that the store in `out` holds
+    already is copied (same SHA-256 in `data.json`, same tokenizers, scorer, variants and languages), so a grown data
+    set costs what is new; splits of it that were not asked for stay. What is done is kept shard by shard beside `out`,
+    and a call after a kill goes on there, to the same bytes.
 
     Raises:
         DataError: a split that the data set does not have; a store in `out` that shares no shard with the data set or
@@ -79,7 +86,7 @@ def encode_dataset(
     held = TokenStore.open(out) if (out / SPEC_NAME).is_file() else None
     if held:
         splits = (*splits, *(name for name in held.spec.splits if name in dataset.spec.splits and name not in splits))
-    spec = store_spec(dataset, vq, tokenizer, splits, variants)
+    spec = store_spec(dataset, vq, tokenizer, splits, variants, scorer)
     if held:
         if held.spec == spec:
             return held
@@ -91,7 +98,7 @@ def encode_dataset(
     pending = {h: place for h, place in spec.shards.items() if h not in known and not _part_file(work, h).is_file()}
     if len(pending) < len(spec.shards):
         say(f"{out}: {len(spec.shards) - len(pending):,} of {len(spec.shards):,} shards are encoded already")
-    _encode_shards(pending, work, dataset, vq, tokenizer, variants, batch_size, n_workers)
+    _encode_shards(pending, work, dataset, vq, tokenizer, scorer, variants, batch_size, n_workers)
     held_splits = {name: held.split(name) for name in held.spec.splits} if held else {}
 
     def part_of(shard_hash: str) -> TokenPart:
@@ -103,7 +110,8 @@ def encode_dataset(
     with new_folder(out, replace=held is not None) as folder:
         for name, split in spec.splits.items():
             parts = (part_of(shard.sha256) for shard in split.shards)
-            write_split(folder, name, parts, spec.image_shape, image_id_dtype(vq.config.vocab_size))
+            dtype = image_id_dtype(vq.config.vocab_size)
+            write_split(folder, name, parts, spec.image_shape, dtype, spec.embedding_width)
         write_json(folder / SPEC_NAME, spec.model_dump(mode="json"))
     shutil.rmtree(work, ignore_errors=True)
     return TokenStore.open(out)
@@ -111,7 +119,7 @@ def encode_dataset(
 
 def _require_alike(held: TokenStore, spec: StoreSpec) -> None:
     """Check that a store is of the same data set, grown or changed in part, and of the same tokenizers."""
-    for key in ("image_tokenizer", "text_tokenizer", "languages", "variants"):
+    for key in ("image_tokenizer", "text_tokenizer", "scorer", "languages", "variants"):
         found, expected = getattr(held.spec, key), getattr(spec, key)
         if found != expected:
             raise DataError(f"{held.folder}: encoded with {key} {found}, expected {expected}; "
@@ -123,7 +131,8 @@ def _require_alike(held: TokenStore, spec: StoreSpec) -> None:
 
 def _short_name(spec: StoreSpec) -> str:
     """Of everything but the shards that decides what a sample's ids are."""
-    return sha256_of_parts(spec.image_tokenizer, spec.text_tokenizer, spec.variants, *spec.languages)[:16]
+    tokenizers = (spec.image_tokenizer, spec.text_tokenizer, *([spec.scorer] if spec.scorer else []))
+    return sha256_of_parts(*tokenizers, spec.variants, *spec.languages)[:16]
 
 
 def _part_file(work: Path, shard_hash: str) -> Path:
@@ -167,13 +176,13 @@ class _Reading:
 @torch.inference_mode()
 def _encode_shards(
     shards: dict[str, tuple[str, int, int]], work: Path, dataset: DataSet, vq: ImageTokenizer,
-    tokenizer: TextTokenizer, variants: Variants, batch_size: int, n_workers: int,
+    tokenizer: TextTokenizer, scorer: CLIP | None, variants: Variants, batch_size: int, n_workers: int,
 ) -> None:  # fmt: skip
     """Write the part of each shard. No batch reaches into the next shard, so that a part is always the same."""
     if not shards:
         return
     device, step = pick_device(), max(batch_size // n_variants(variants), 1)
-    vq = vq.to(device)
+    vq, scorer = vq.to(device), scorer and scorer.to(device)
     batches = {
         shard_hash: [(name, range(i, min(i + step, behind))) for i in range(first, behind, step)]
         for shard_hash, (name, first, behind) in shards.items()
@@ -189,35 +198,44 @@ def _encode_shards(
             for _ in keys:
                 batch = next(pictures)
                 images = batch.images_BVHW3.flatten(0, 1).to(device, non_blocking=True)  # a quarter of the floats
-                ids = vq.encode(to_tensor(images)).unflatten(0, batch.images_BVHW3.shape[:2])
-                ids = ids.cpu().numpy().astype(image_id_dtype(vq.config.vocab_size))
-                parts.append(TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B))
+                pixels, shape = to_tensor(images), batch.images_BVHW3.shape[:2]
+                ids = vq.encode(pixels).unflatten(0, shape).cpu().numpy()
+                ids = ids.astype(image_id_dtype(vq.config.vocab_size))
+                part = TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B)
+                if scorer:
+                    embeddings = embed_images(scorer, pixels).unflatten(0, shape).cpu().numpy()
+                    part = part._replace(embeddings_NVE=embeddings)
+                parts.append(part)
                 advance(len(images))
             part = TokenPart(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
             save_part(_part_file(work, shard_hash), part)
 
 
 def store_folder(
-    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, variants: Variants = "centre"
-) -> Path:
+    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, variants: Variants = "centre",
+    scorer: CLIP | None = None,
+) -> Path:  # fmt: skip
     """Where the store of these is kept unless it is asked for elsewhere."""
-    ending = "" if variants == "centre" else f"-{variants}"
+    ending = f"-{scorer.fingerprint[:8]}" if scorer else ""
+    ending += "" if variants == "centre" else f"-{variants}"
     return dataset.folder / f"store-{vq.fingerprint[:8]}-{tokenizer.fingerprint[:8]}{ending}"
 
 
 def ensure_store(
     dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], *,
-    variants: Variants = "centre", n_workers: int = 0,
+    scorer: CLIP | None = None, variants: Variants = "centre", n_workers: int = 0,
 ) -> TokenStore:  # fmt: skip
     """The store of these beside the data set, up to date: what it lacks is encoded by the first process.
 
     Raises:
         DataError: as `encode_dataset`.
     """
-    out = store_folder(dataset, vq, tokenizer, variants)
+    out = store_folder(dataset, vq, tokenizer, variants, scorer)
     if is_first_process():
-        return encode_dataset(dataset, vq, tokenizer, splits, out, variants=variants, n_workers=n_workers)
-    expected = store_spec(dataset, vq, tokenizer, splits, variants)
+        return encode_dataset(
+            dataset, vq, tokenizer, splits, out, scorer=scorer, variants=variants, n_workers=n_workers
+        )
+    expected = store_spec(dataset, vq, tokenizer, splits, variants, scorer)
     while True:
         if (out / SPEC_NAME).is_file():
             store = TokenStore.open(out)

@@ -10,18 +10,29 @@ from einops import rearrange
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from vqt2i.clip import CLIP
 from vqt2i.config import Config
 from vqt2i.data.shards import Split
 from vqt2i.errors import ConfigError
 from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.find import find_scorer
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, Positions, gpt_loss
+from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, Positions, TextCondition, gpt_loss
 from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
-from vqt2i.text import TextBatch, TextTokenizer
-from vqt2i.training.batches import Batch, TokenSamples
+from vqt2i.text import TextTokenizer, load_tokenizer
+from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
 from vqt2i.training.compiled import compile_for_training
+from vqt2i.training.conditions import (
+    CAPTIONS,
+    Conditioner,
+    EmbeddingCondition,
+    TrainedCondition,
+    measure_shift,
+    model_condition,
+    require_own_tokenizer,
+)
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.launch import find_world
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
@@ -66,6 +77,8 @@ class GPTRunConfig(Config):
         (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the images once,
         "images" at every step. padding: as in `LayoutConfig`. bpe_dropout: probability that a merge of the text
         tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1, arXiv 2102.12092, §2.2).
+    condition: what is read before an image. Without texts in it nothing else is said of texts: `text_tokenizer` is the
+        scorer's, and `text_length`, `padding`, `bpe_dropout` stay as they are.
     """
 
     name: str = "gpt"
@@ -80,6 +93,7 @@ class GPTRunConfig(Config):
     transformer: TransformerConfig = TransformerConfig()
     positions: Positions = "rotary"
     sparsity: SparsityConfig = DenseConfig()
+    condition: TrainedCondition = TextCondition()
     training: GPTTrainingConfig = GPTTrainingConfig()
     trainer: TrainerConfig = TrainerConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -91,21 +105,38 @@ class GPTRunConfig(Config):
             raise ValueError("data.stream is not kept, so it has no store: set source=images")
         return self
 
-    def model(self, sizes: TokenizerSizes, text_tokenizer: str, image_tokenizer: str) -> GPTConfig:
-        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints.
+    @model_validator(mode="after")
+    def _settings_of_texts_are_for_texts(self) -> "GPTRunConfig":
+        wrong = {name: getattr(self, name) for name in ("text_length", "padding", "bpe_dropout")}
+        wrong = {name: value for name, value in wrong.items() if value != type(self).model_fields[name].default}
+        wrong |= {"training.reversed_share": share} if (share := self.training.reversed_share) else {}
+        if wrong and self.condition.kind != "text":
+            told = ", ".join(f"{name} {value}" for name, value in wrong.items())
+            raise ValueError(f"condition {self.condition.kind} has no texts to read: found {told}; leave them out, and "
+                             "set training.reversed_share to 0")  # fmt: skip
+        return self
+
+    def model(
+        self, sizes: TokenizerSizes, text_tokenizer: str, image_tokenizer: str, scorer: CLIP | None = None
+    ) -> GPTConfig:
+        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer.
 
         Raises:
-            ConfigError: the configuration was written for tokenizers of other sizes.
+            ConfigError: the configuration was written for tokenizers of other sizes, or for another scorer.
         """
         if self.sizes not in (None, sizes):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
+        condition, reads_text = model_condition(self.condition, scorer), self.condition.kind == "text"
+        text = {"n_text_ids": sizes.n_text_ids, "text_length": self.text_length, "padding": self.padding}
+        image = sizes.model_dump(exclude={"n_text_ids"})
         return GPTConfig(
             transformer=self.transformer,
-            layout=LayoutConfig(text_length=self.text_length, padding=self.padding, **sizes.model_dump()),
+            layout=LayoutConfig(**image, **(text if reads_text else {})),
+            condition=condition,
             positions=self.positions,
             sparsity=self.sparsity,
-            text_tokenizer=text_tokenizer,
+            text_tokenizer=text_tokenizer if reads_text else None,
             image_tokenizer=image_tokenizer,
         )
 
@@ -120,16 +151,23 @@ def tokenizer_sizes(text: TextTokenizer, image: ImageTokenizer) -> TokenizerSize
 
 
 class GPTModule(L.LightningModule):
-    """Joins the GPT, its loss and a frozen image tokenizer. The tokenizer is no part of the checkpoint."""
+    """Joins the GPT, its loss, a frozen image tokenizer and perhaps a frozen scorer. Checkpoints hold the GPT alone."""
 
     best_by = "val/image"  # the checkpoint with the least is kept
     exported = "gpt"  # by this name the exported model is in a checkpoint
     cpu_adam = False  # set where DeepSpeed offloads the optimizer
 
     def __init__(
-        self, gpt: GPT, vq: ImageTokenizer, config: GPTTrainingConfig, max_steps: int, sampling: SamplingConfig
+        self,
+        gpt: GPT,
+        vq: ImageTokenizer,
+        config: GPTTrainingConfig,
+        max_steps: int,
+        sampling: SamplingConfig,
+        conditioner: Conditioner = CAPTIONS,
     ) -> None:
         super().__init__()
+        self.conditioner = conditioner
         gpt.transformer.activation_checkpointing = config.activation_checkpointing
         self.gpt, self.config, self.max_steps, self.sampling = gpt, config, max_steps, sampling
         self.training_loss = compile_for_training(gpt_loss) if config.compile else gpt_loss
@@ -150,10 +188,11 @@ class GPTModule(L.LightningModule):
         n_reversed = round(self.config.reversed_share * len(batch.chance_B))
         dropped = batch.chance_B < self.config.null_share
         dropped[:n_reversed] = False  # a caption to be predicted stays
-        text = batch.text._replace(n_ids_B=batch.text.n_ids_B.masked_fill(dropped, 0))
-        loss = self.training_loss(self.gpt, text, self.image_ids(batch), n_reversed, self.config.loss)
+        condition = self.gpt.reader.dropped(self.conditioner.of_images(batch, training=True), dropped)
+        loss = self.training_loss(self.gpt, condition, self.image_ids(batch), n_reversed, self.config.loss)
         # told from the counts, for asking the values which are NaN would make the host wait for the GPU
-        names = ["total"] + ["image", "text"] * (n_reversed < len(dropped))
+        forth = ["image", "text"] if self.gpt.layout.reads_text else ["image"]
+        names = ["total"] + forth * (n_reversed < len(dropped))
         names += ["text_from_image", "image_unconditional"] * (n_reversed > 0)
         parts = {f"train/{name}": getattr(loss, name).detach() for name in names}
         # as a tensor, for Lightning would copy a float to the GPU and wait for it
@@ -161,6 +200,8 @@ class GPTModule(L.LightningModule):
         return loss.total
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
+        if not self.gpt.layout.reads_text:
+            return self._validate_images(batch)
         ids, n = self.image_ids(batch), len(batch.chance_B)
         forth = gpt_loss(self.gpt, batch.text, ids, 0, self.config.loss)
         back = gpt_loss(self.gpt, batch.text, ids, n, self.config.loss)
@@ -171,6 +212,17 @@ class GPTModule(L.LightningModule):
             "val/image_unconditional": back.image_unconditional,
         }
         self.log_dict(values, sync_dist=True, batch_size=n)
+
+    def _validate_images(self, batch: Batch) -> None:
+        """The image's loss after its embedding, after nothing, and after the embedding of its caption."""
+        image = self.conditioner.of_images(batch, training=False)
+        everywhere = torch.ones_like(batch.chance_B, dtype=torch.bool)
+        conditions = {"val/image": image, "val/image_unconditional": self.gpt.reader.dropped(image, everywhere)}
+        if batch.text is not None:
+            conditions["val/image_from_text"] = self.conditioner.of_texts(batch.text, self.gpt)
+        ids = self.image_ids(batch)
+        values = {name: gpt_loss(self.gpt, c, ids, 0, self.config.loss).image for name, c in conditions.items()}
+        self.log_dict(values, sync_dist=True, batch_size=len(ids))
 
     def sample_work(self) -> SampleWork:
         return SampleWork("samples", self.gpt.layout.length, training_flops(self.gpt.config))
@@ -186,10 +238,10 @@ class GPTModule(L.LightningModule):
         return self.gpt
 
     def sample_images(self, batch: Batch, max_images: int = 8) -> Tensor:
-        """(3, 2H, n * W): validation images as the tokenizer sees them, over samples of their captions."""
+        """(3, 2H, n * W): validation images as the tokenizer sees them, over samples of their conditions."""
         ids = self.image_ids(batch)[:max_images].unflatten(1, (self.gpt.layout.config.grid_height, -1))
-        texts = [tuple(row[:n].tolist()) for row, n in zip(*_head(batch.text, max_images), strict=True)]
-        jobs = [Job(text, i, 0) for i, text in enumerate(texts)]
+        conditions = self.gpt.reader.values(self.conditioner.of_images(batch, training=False))[:max_images]
+        jobs = [Job(condition, i, 0) for i, condition in enumerate(conditions)]
         was_training = self.gpt.training
         self.gpt.eval()
         drawn = decode_image_ids(self.gpt, jobs, self.sampling, seed=0).to(ids.device)
@@ -208,20 +260,20 @@ def example_prompts(split: Split, n: int = 4) -> list[str]:
     return prompts
 
 
-def _head(text: TextBatch, n: int) -> tuple[Tensor, list[int]]:
-    return text.ids_BS[:n], text.n_ids_B[:n].tolist()
-
-
 def train_gpt(
     config: GPTRunConfig, vq_folder: Path, vq: ImageTokenizer, runs: Path, *, resume: Resume, deepspeed: bool | Path
 ) -> Path:
     """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)
-    tokenizer = TextTokenizer.load(config.text_tokenizer)
+    tokenizer = load_tokenizer(config.text_tokenizer)
     if config.bpe_dropout and not tokenizer.is_bpe:
         raise ConfigError(f"bpe_dropout {config.bpe_dropout}: {config.text_tokenizer} is a unigram model, which merges "
                           "nothing; train one by tools/train_tokenizer.py --model-type bpe")  # fmt: skip
-    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint)
+    scorer = None
+    if isinstance(config.condition, EmbeddingCondition):
+        scorer_folder, scorer = find_scorer(config.condition.scorer, runs)
+        require_own_tokenizer(scorer, tokenizer, scorer_folder)
+    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer)
     world, device = find_world(config.trainer.devices), pick_device()
     micro_batch_size = config.trainer.micro_batch_size(world.size)
     ds_json = choose_deepspeed(deepspeed, config.deepspeed, micro_batch_size)
@@ -236,7 +288,9 @@ def train_gpt(
     seed = config.trainer.seed
     if config.source == "store":
         splits, variants = (config.data.train_split, config.data.validation_split), config.data.variants
-        store = ensure_store(dataset, vq, tokenizer, splits, variants=variants, n_workers=config.trainer.n_workers)
+        store = ensure_store(
+            dataset, vq, tokenizer, splits, scorer=scorer, variants=variants, n_workers=config.trainer.n_workers
+        )
         samples = [TokenSamples(store.split(split), seed, tokenizer, config.bpe_dropout) for split in splits]
     else:
         samples = [
@@ -246,11 +300,18 @@ def train_gpt(
     with valued_by_first_rank(ds_json):
         gpt = GPT(gpt_config)
         gpt.start_from_codes(vq.quantizer.codes())
-    module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling)
+    text_length = config.text_length if config.condition.kind == "text" else None
+    if scorer:
+        text_length = scorer.config.text_length if dataset.languages else None
+        if config.condition.n_shift_pairs:
+            pairs = ImageSamples(dataset.split(config.data.train_split), vq.config.image_size_px, tokenizer, seed)
+            gpt.reader.text_shift.copy_(measure_shift(scorer, pairs, config.condition.n_shift_pairs))
+    conditioner = Conditioner(config.condition, scorer)
+    module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling, conditioner)
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
         module,
-        StageData(*samples, config.trainer, config.text_length),
+        StageData(*samples, config.trainer, text_length),
         run_config=config,
         model_config=gpt_config,
         card=stage_card(
@@ -258,6 +319,7 @@ def train_gpt(
             dataset,
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
+            **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),
             sampling=config.sampling.model_dump(),
             example_prompts=example_prompts(dataset.split(config.data.validation_split)),
         ),

@@ -131,16 +131,17 @@ def training_flops(config: GPTConfig) -> int:
 
     The backward pass costs twice the forward pass. Attention counts whole rows, hidden or not.
     """
-    t, layout = config.transformer, SequenceLayout(config.layout)
+    t, layout = config.transformer, config.sequence_layout
     length = layout.length - 1
     mlp = (3 if t.mlp == "swiglu" else 2) * t.width * t.mlp_width
     block = 2 * length * (4 * t.width**2 + mlp) + 4 * length**2 * t.width
     return 3 * (t.n_layers * block + 2 * t.width * sum(n * size for n, size in _scored(layout)))
 
 
-def _scored(layout: SequenceLayout) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(positions, vocabulary) of the image head and of the text head."""
-    return (layout.image_length, layout.config.n_image_ids), (layout.config.text_length + 1, layout.eot + 1)
+def _scored(layout: SequenceLayout) -> list[tuple[int, int]]:
+    """(positions, vocabulary) of the image head and, where texts are read, of the text head."""
+    text = [(layout.config.text_length + 1, layout.eot + 1)] if layout.reads_text else []
+    return [(layout.image_length, layout.config.n_image_ids), *text]
 
 
 def count_activations(
@@ -153,7 +154,7 @@ def count_activations(
         autocast: 16-bit products over fp32 weights (without DeepSpeed); else the weights have the precision too.
         device: PyTorch's kernels for CPUs keep more than those for GPUs (whose share is read from source, unmeasured).
     """
-    t, layout = config.transformer, SequenceLayout(config.layout)
+    t, layout = config.transformer, config.sequence_layout
     length, width = layout.length - 1, t.width
     c = FP32 if precision == "fp32" else HALF  # of the matrix products
     r = FP32 if autocast else c  # of the residual stream
@@ -367,7 +368,7 @@ def cost(
 
     mfu is the share while computing; activation checkpointing computes the forward pass twice, hence a third more.
     """
-    length = SequenceLayout(config.layout).length
+    length = config.sequence_layout.length
     flops_per_token = training_flops(config) / length
     if tokens_per_second is None:
         computed = flops_per_token * (4 / 3 if activation_checkpointing else 1)

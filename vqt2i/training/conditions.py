@@ -1,0 +1,147 @@
+"""What a GPT is trained to read before an image: its caption, its embedding by a scorer, or nothing.
+
+B batch, E embedding width
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from vqt2i.checkpoint import require_same
+from vqt2i.clip import CLIP, embed_images, modality_gap, perturbed, shifted_texts
+from vqt2i.config import Config
+from vqt2i.data.sampling import Visits
+from vqt2i.errors import ConfigError
+from vqt2i.gpt import (
+    GPT,
+    ConditionBatch,
+    ConditionConfig,
+    LabelCondition,
+    LinearProjection,
+    Projection,
+    TextCondition,
+    VectorBatch,
+    VectorCondition,
+)
+from vqt2i.runtime import say
+from vqt2i.text import TextBatch, TextTokenizer
+from vqt2i.training.batches import Batch, ImageSamples
+
+
+class EmbeddingCondition(Config):
+    """The image's own embedding by a frozen scorer; in sampling a text's takes its place, so that training needs no
+    captions (CLIP-GEN: Wang et al. 2022, arXiv 2203.00386).
+
+    scorer: a model folder; null is the newest trained one in the runs folder, else the shipped one. width: of its
+        embeddings, for one that is yet to be trained; null is whatever it has.
+    noise: how far embeddings are moved in training, as a share of their length (`clip.perturbed`).
+    n_shift_pairs: training pairs from which the gap between images and texts is measured before training; in sampling
+        texts are moved by it (`clip.modality_gap`). 0 needs no captions, and moves nothing.
+    """
+
+    kind: Literal["embedding"] = "embedding"
+    scorer: Path | None = None
+    width: PositiveInt | None = None
+    projection: Projection = LinearProjection()
+    noise: float = Field(0.0, ge=0)
+    n_shift_pairs: NonNegativeInt = 0
+
+
+class NoCondition(Config):
+    """Nothing: a model of images alone (iGPT, Chen et al. 2020)."""
+
+    kind: Literal["none"] = "none"
+
+
+TrainedCondition = Annotated[TextCondition | EmbeddingCondition | NoCondition, Field(discriminator="kind")]
+
+
+def model_condition(condition: TrainedCondition, scorer: CLIP | None) -> ConditionConfig:
+    """The condition of the GPT that is trained; without a scorer, of one that is planned.
+
+    Raises:
+        ConfigError: the scorer's embeddings have another width than was configured, or nothing says which.
+    """
+    if isinstance(condition, TextCondition):
+        return condition
+    if isinstance(condition, NoCondition):
+        return LabelCondition()
+    width = scorer.config.embedding_width if scorer else condition.width
+    if width is None:
+        raise ConfigError("condition.width: null, but no scorer is read here; set it to its embeddings' width")
+    if condition.width not in (None, width):
+        raise ConfigError(f"condition.width: {condition.width}, but the scorer's embeddings are {width} wide; "
+                          "take another scorer, or set it to null")  # fmt: skip
+    encoder = scorer.fingerprint if scorer else "planned"
+    return VectorCondition(width=width, projection=condition.projection, encoder=encoder)
+
+
+def require_own_tokenizer(scorer: CLIP, tokenizer: TextTokenizer, path: Path) -> None:
+    """Raises CheckpointError unless the tokenizer is the scorer's: it reads the prompts."""
+    require_same("text tokenizer", path, found=tokenizer.fingerprint, expected=scorer.config.text_tokenizer,
+                 hint="set text_tokenizer to the one that the scorer was trained with")  # fmt: skip
+
+
+class Conditioner:
+    """From batches to conditions, by a frozen scorer where the GPT reads embeddings."""
+
+    def __init__(self, config: TrainedCondition, scorer: CLIP | None = None) -> None:
+        self.config = config
+        self.scorer = scorer and scorer.eval().requires_grad_(False)
+
+    def of_images(self, batch: Batch, *, training: bool) -> ConditionBatch:
+        """What the GPT reads before the batch's images; embeddings are noisy in training."""
+        if isinstance(self.config, TextCondition):
+            return batch.text
+        if isinstance(self.config, NoCondition):
+            return torch.zeros(len(batch.chance_B), dtype=torch.long, device=batch.chance_B.device)
+        embedding_BE = batch.embedding_BE
+        if embedding_BE is None:
+            with torch.no_grad():
+                embedding_BE = embed_images(self.scorer.to(batch.image.device), batch.image)
+        noisy = training and self.config.noise
+        return as_vectors(perturbed(embedding_BE, self.config.noise) if noisy else embedding_BE)
+
+    def of_texts(self, text: TextBatch, gpt: GPT) -> VectorBatch:
+        """What the GPT reads in sampling: the embeddings of texts, moved to where those of images are."""
+        with torch.no_grad():
+            text_BE = self.scorer.to(text.ids_BS.device).encode_text(*text)
+        return as_vectors(shifted_texts(text_BE, gpt.reader.text_shift))
+
+
+CAPTIONS = Conditioner(TextCondition())
+
+
+def as_vectors(embedding_BE: Tensor) -> VectorBatch:
+    """One vector for each row."""
+    row_B = torch.zeros(len(embedding_BE), dtype=torch.bool, device=embedding_BE.device)
+    return VectorBatch(embedding_BE[:, None], ~row_B[:, None], row_B)
+
+
+@torch.no_grad()
+def measure_shift(scorer: CLIP, samples: ImageSamples, n_pairs: int, at_once: int = 256) -> Tensor:
+    """What moves texts to where images are, (E,), from the first pairs of a split; tells the gap.
+
+    Raises:
+        ConfigError: fewer than two of them have a caption.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, min(n_pairs, len(samples)), at_once):
+        index_B = np.arange(start, min(start + at_once, n_pairs, len(samples)))
+        batch = samples.batch(Visits(index_B, np.zeros_like(index_B)), scorer.config.text_length, augment=False)
+        captioned_B = batch.text.n_ids_B > 0
+        image_BE = embed_images(scorer, batch.image[captioned_B])
+        parts.append((image_BE, scorer.encode_text(*(t[captioned_B] for t in batch.text))))
+    image_BE, text_BE = (torch.cat(part) for part in zip(*parts, strict=True))
+    if len(image_BE) < 2:
+        raise ConfigError(f"condition.n_shift_pairs {n_pairs}: {len(image_BE)} of these training pairs have a caption; "
+                          "set it to 0, or train on pairs with captions")  # fmt: skip
+    gap = modality_gap(image_BE, text_BE)
+    say(f"{len(image_BE):,} pairs: the means of images and texts are {gap.distance:.3f} apart; the cosine of an image "
+        f"with its text is {gap.cosine:.3f}, once texts are moved {gap.shifted_cosine:.3f}, with other texts "
+        f"{gap.cosine_of_others:.3f}")  # fmt: skip
+    return gap.shift_E
