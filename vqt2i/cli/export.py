@@ -1,7 +1,7 @@
 """Turn any checkpoint of a run into a model folder.
 
 The folder is the one that the run itself wrote after that step: of every stage, trained in one process, by DDP or by
-DeepSpeed at any ZeRO stage. Needs one process and no GPU.
+DeepSpeed at any ZeRO stage. Needs one process and no GPU. With --adapter, a LoRA adapter and its base as one model.
 """
 
 import argparse
@@ -9,14 +9,27 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_or_checkpoint", type=Path, metavar="RUN|CHECKPOINT",
+    parser.add_argument("run_or_checkpoint", nargs="?", type=Path, metavar="RUN|CHECKPOINT",
                         help="a run folder, or RUN/checkpoints/step-....ckpt")  # fmt: skip
     parser.add_argument("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the newest)")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter/ of a LoRA run, to be added to --base")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="the GPT that the adapter was trained on: its model "
+                        "folder, its run or its pipeline")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
 
 
 def run(args: argparse.Namespace) -> None:
+    from vqt2i.errors import UserError
     from vqt2i.training.export import export_checkpoint
+    from vqt2i.training.finetune import merge_adapter
 
-    fingerprint = export_checkpoint(args.run_or_checkpoint, args.step, args.out)
+    merging = args.adapter is not None and args.base is not None
+    if merging == (args.run_or_checkpoint is not None) or (args.adapter is None) != (args.base is None):
+        raise UserError("export: expected a run or checkpoint, or else both --adapter DIR and --base DIR")
+    if merging and args.step is not None:
+        raise UserError(f"--step {args.step}: of a run; an adapter has none")
+    if merging:
+        fingerprint = merge_adapter(args.adapter, args.base, args.out)
+    else:
+        fingerprint = export_checkpoint(args.run_or_checkpoint, args.step, args.out)
     print(f"{args.out}: {fingerprint[:8]}")

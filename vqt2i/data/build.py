@@ -241,14 +241,19 @@ def _nothing_usable(report: Report, missing_split: str) -> str:
 # --- the embedded default ---
 
 DEFAULT_COUNTS = {"train": 30_000, "val": 1_000, "unseen": 1_000}
+DIPPED_COUNTS = {"train": 20, "val": 20, "unseen": 20}
 # There are few enough simple scenes that some come twice, under other captions: no fault in this set.
 SHAPES_CONFIG = BuildConfig(size_px=32, drop_duplicates="none")
 
 
-def shapes_items(counts: dict[str, int], seed: int, size_px: int) -> Entries:
+Style = Literal["plain", "dipped"]
+
+
+def shapes_items(counts: dict[str, int], seed: int, size_px: int, style: Style = "plain") -> Entries:
     """The embedded set: `counts` scenes of each split."""
+    pairs = {"plain": shapes.pairs, "dipped": shapes.dipped_pairs}[style]
     for split, n in counts.items():
-        for pair in shapes.pairs(split, n, seed, size_px):
+        for pair in pairs(split, n, seed, size_px):
             captions = {language: list(texts) for language, texts in pair.captions.items()}
             yield Item(pair.key, pair.key, pair.image_HW3, captions, pair.meta, split)
 
@@ -259,14 +264,16 @@ def build_shapes(
     config: BuildConfig = SHAPES_CONFIG,
     counts: dict[str, int] = DEFAULT_COUNTS,
     seed: int = 0,
+    style: Style = "plain",
     token_count: TokenCount | None = None,
 ) -> DataSet:
     """Draw the embedded data set, reproducible from `seed`, at `config.size_px`."""
+    source = {"kind": "shapes", "size_px": config.size_px, "counts": counts, "seed": seed}
     return build_dataset(
         out,
-        shapes_items(counts, seed, config.size_px),
+        shapes_items(counts, seed, config.size_px, style),
         config,
-        source={"kind": "shapes", "size_px": config.size_px, "counts": counts, "seed": seed},
+        source=source if style == "plain" else source | {"style": style},
         token_count=token_count,
         total=sum(counts.values()),
     )

@@ -96,10 +96,14 @@ def require_reads_images(folder: Path, card: dict[str, Any]) -> None:
     Raises:
         CheckpointError: it was not.
     """
-    own = card.get("config", {}).get("training", {}).get("reversed_share")
-    if card.get("reversed_share", own) == 0:
+    if reversed_share_of(card) == 0:
         raise CheckpointError(f"{folder}: trained with training.reversed_share 0, so it never saw a text behind an "
                               "image and cannot caption; train with a reversed_share above 0 (0.15)")  # fmt: skip
+
+
+def reversed_share_of(card: dict[str, Any]) -> float | None:
+    """The share of image → text in a GPT's training, or in that of the GPT which it started from; None: not known."""
+    return card.get("reversed_share", card.get("config", {}).get("training", {}).get("reversed_share"))
 
 
 def caption_images(

@@ -15,7 +15,8 @@ from vqt2i.runtime import say
 from vqt2i.training.checkpoints import checkpoint_path, checkpoints_in, damage, step_of
 from vqt2i.training.clip import CLIPModule
 from vqt2i.training.deepspeed_checkpoint import whole_weights
-from vqt2i.training.gpt import GPTModule
+from vqt2i.training.finetune import is_adapted, merged_weights
+from vqt2i.training.gpt import GPTModule, GPTRunConfig
 from vqt2i.training.metrics import METRICS, validation_at
 from vqt2i.training.record import read_record
 from vqt2i.training.vqgan import VQGANModule
@@ -57,6 +58,9 @@ def export_checkpoint(source: Path, step: int | None, out: Path) -> str:
     else:
         state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if is_adapted(weights):
+        lora = load_config(GPTRunConfig, run / "config.yaml").training.lora
+        weights = merged_weights(weights, lora)
     with torch.device("meta"):
         model = model_class(config)
     try:

@@ -10,10 +10,12 @@ from einops import rearrange
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from vqt2i.checkpoint import read_card
 from vqt2i.clip import CLIP
 from vqt2i.config import Config
 from vqt2i.data.shards import Split
 from vqt2i.errors import ConfigError
+from vqt2i.generation.captions import reversed_share_of
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.find import find_scorer
 from vqt2i.generation.sampling import SamplingConfig
@@ -34,6 +36,18 @@ from vqt2i.training.conditions import (
     require_own_tokenizer,
 )
 from vqt2i.training.encode import ensure_store
+from vqt2i.training.finetune import (
+    AdapterConfig,
+    LoRAConfig,
+    Part,
+    add_adapters,
+    find_base,
+    freeze,
+    load_base,
+    merged_weights,
+    plain_gpt,
+    save_adapter,
+)
 from vqt2i.training.launch import find_world
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_flops
@@ -48,6 +62,8 @@ from vqt2i.vq import ImageTokenizer
 class GPTTrainingConfig(Config):
     """reversed_share: of a batch, read image → text. null_share: of the others, text dropped (for guidance).
 
+    start_from: a GPT to go on training from, instead of random weights: its model folder, its run or its pipeline.
+        frozen: parts of it that stay as they are. lora: to train adapters of it alone (see `LoRAConfig`).
     activation_checkpointing: blocks compute their activations again instead of keeping them: a third more time for a
         fraction of the memory. compile: the step with torch.compile.
     """
@@ -56,8 +72,19 @@ class GPTTrainingConfig(Config):
     loss: LossWeights = LossWeights()
     reversed_share: float = Field(0.15, ge=0, le=1)
     null_share: float = Field(0.1, ge=0, lt=1)
+    start_from: Path | None = None
+    frozen: tuple[Part, ...] = ()
+    lora: LoRAConfig | None = None
     activation_checkpointing: bool = False
     compile: bool = False
+
+    @model_validator(mode="after")
+    def _what_stays_has_been_trained(self) -> "GPTTrainingConfig":
+        if (self.frozen or self.lora) and self.start_from is None:
+            raise ValueError("frozen and lora are for a trained GPT; give its folder as start_from")
+        if self.frozen and self.lora:
+            raise ValueError("lora trains the adapters alone, so frozen has no meaning; leave one of them out")
+        return self
 
 
 class TokenizerSizes(Config):
@@ -235,7 +262,16 @@ class GPTModule(L.LightningModule):
             return self.vq.encode(batch.image).flatten(1)
 
     def export_model(self) -> GPT:
-        return self.gpt
+        """The GPT; adapters are added to its weights."""
+        if self.config.lora is None:
+            return self.gpt
+        return plain_gpt(self.gpt.config, merged_weights(self.gpt.state_dict(), self.config.lora))
+
+    def export_beside(self, run: Path, card: dict[str, Any]) -> None:
+        """With LoRA, `RUN/adapter/`: the adapters alone."""
+        if self.config.lora is not None:
+            config = AdapterConfig(base=card["start_from"]["fingerprint"], lora=self.config.lora)
+            save_adapter(run / "adapter", self.gpt.state_dict(), config, card)
 
     def sample_images(self, batch: Batch, max_images: int = 8) -> Tensor:
         """(3, 2H, n * W): validation images as the tokenizer sees them, over samples of their conditions."""
@@ -274,16 +310,22 @@ def train_gpt(
         scorer_folder, scorer = find_scorer(config.condition.scorer, runs)
         require_own_tokenizer(scorer, tokenizer, scorer_folder)
     gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer)
+    base, started = None, {}
+    if config.training.start_from is not None:
+        base = find_base(config.training.start_from)
+        started = {"start_from": {"path": str(base), "fingerprint": read_card(base)["fingerprint"]},
+                   "reversed_share": max(config.training.reversed_share, reversed_share_of(read_card(base)) or 0)}
     world, device = find_world(config.trainer.devices), pick_device()
     micro_batch_size = config.trainer.micro_batch_size(world.size)
     ds_json = choose_deepspeed(deepspeed, config.deepspeed, micro_batch_size)
-    require_fits(
-        gpt_config,
-        setting_of(ds_json, activation_checkpointing=config.training.activation_checkpointing),
-        hardware_of(device, world.size, world.n_nodes),
-        batch_per_gpu=micro_batch_size,
-        precision=pick_precision(config.trainer.precision, device.type),
-    )
+    if not (config.training.frozen or config.training.lora):  # which need less, and how much less is not planned
+        require_fits(
+            gpt_config,
+            setting_of(ds_json, activation_checkpointing=config.training.activation_checkpointing),
+            hardware_of(device, world.size, world.n_nodes),
+            batch_per_gpu=micro_batch_size,
+            precision=pick_precision(config.trainer.precision, device.type),
+        )
     L.seed_everything(config.trainer.seed, verbose=False)
     seed = config.trainer.seed
     if config.source == "store":
@@ -298,8 +340,14 @@ def train_gpt(
             for source in image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
         ]
     with valued_by_first_rank(ds_json):
-        gpt = GPT(gpt_config)
-        gpt.start_from_codes(vq.quantizer.codes())
+        if base is None:
+            gpt = GPT(gpt_config)
+            gpt.start_from_codes(vq.quantizer.codes())
+        else:
+            gpt = load_base(base, gpt_config)
+        freeze(gpt, config.training.frozen)
+        if config.training.lora:
+            add_adapters(gpt, config.training.lora)
     text_length = config.text_length if config.condition.kind == "text" else None
     if scorer:
         text_length = scorer.config.text_length if dataset.languages else None
@@ -320,6 +368,7 @@ def train_gpt(
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
             **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),
+            **started,
             sampling=config.sampling.model_dump(),
             example_prompts=example_prompts(dataset.split(config.data.validation_split)),
         ),

@@ -236,7 +236,10 @@ def exporter(
         command = " ".join(["python", *sys.argv])
         facts = {**card, "command": command, **facts, "seconds": round(time.monotonic() - begun_seconds, 1)}
         facts["config"] = run_config.model_dump(mode="json")  # the command may name a file that changes later
-        save_model(path, module.export_model(), model_config, facts | ({"resumed_from": earlier} if earlier else {}))
+        facts |= {"resumed_from": earlier} if earlier else {}
+        save_model(path, module.export_model(), model_config, facts)
+        if beside := getattr(module, "export_beside", None):
+            beside(start.folder, facts)
 
     return export
 

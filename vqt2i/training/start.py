@@ -19,6 +19,7 @@ Resume = Literal["auto", "never"] | Path
 # it is computed. `max_steps` moves the rest of the learning-rate schedule.
 MAY_CHANGE = (
     "name", "data.path", "text_tokenizer", "image_tokenizer", "condition.scorer", "sampling", "training.compile",
+    "training.start_from",
     "trainer.max_steps", "trainer.devices", "trainer.n_workers", "trainer.n_validation_samples",
     "trainer.validate_every_steps", "trainer.checkpoint_every_steps", "trainer.log_every_steps",
     "trainer.log_to", "trainer.keep_last", "trainer.max_nonfinite_steps", "trainer.rank_timeout_s",

@@ -7,6 +7,7 @@ from vqt2i.data.shapes.render import SIZES_PX, render
 from vqt2i.data.shapes.scene import Scene, SceneObject
 from vqt2i.data.shapes.source import pairs
 from vqt2i.data.shapes.split import SPLITS, draw_scene, held_out_in
+from vqt2i.data.shapes.style import dip, dipped_pairs, dipped_prompt, shows_dipped
 
 __all__ = [
     "LANGUAGES",
@@ -22,6 +23,9 @@ __all__ = [
     "Verdict",
     "caption_scene",
     "check",
+    "dip",
+    "dipped_pairs",
+    "dipped_prompt",
     "draw_prompts",
     "draw_scene",
     "held_out_in",
@@ -29,4 +33,5 @@ __all__ = [
     "parse_caption",
     "read_scene",
     "render",
+    "shows_dipped",
 ]
