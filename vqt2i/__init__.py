@@ -3,10 +3,35 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vqt2i.generation import Mix, Picture, Sample, SamplingConfig, TextToImage
+    from vqt2i.generation import (
+        Box,
+        Extend,
+        KeepTop,
+        Mask,
+        Mix,
+        Paste,
+        Picture,
+        Sample,
+        SamplingConfig,
+        TextToImage,
+        Vary,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Mix", "Picture", "Sample", "SamplingConfig", "TextToImage", "__version__"]
+__all__ = [
+    "Box",
+    "Extend",
+    "KeepTop",
+    "Mask",
+    "Mix",
+    "Paste",
+    "Picture",
+    "Sample",
+    "SamplingConfig",
+    "TextToImage",
+    "Vary",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

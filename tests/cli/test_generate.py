@@ -54,16 +54,18 @@ def test_equal_commands_draw_equal_pictures_and_other_seeds_others(draw) -> None
 def test_every_setting_reaches_the_pictures_metadata(draw) -> None:
     options = ["--guidance", 3, "--temperature", 0.9, "--top-k", 5, "--top-p", 0.8, "--seed", 7, "--rerank", 2]
     options += ["--guidance-interval", 0.25, 1, "--guidance-schedule", "linear", "--temperature-end", 0.5]
+    options += ["--grid", 2, 5]
     options += ["--min-p", 0.1, "--jacobi-window", 4, "--negative", "a green square", "--mix", "蓝色正方形", 0.3]
     assert draw("x", *options, "--scorer", "caption", "--out", "o") == 0
     facts = json.loads(Image.open("o/000-00.png").text["vqt2i"])
     assert facts["settings"] == {
         "guidance": 3.0, "temperature": 0.9, "top_k": 5, "top_p": 0.8, "seed": 7, "rerank": 2, "scorer": "caption",
-        "precision": "fp32",
+        "precision": "fp32", "grid": [2, 5],
         "guidance_interval": [0.25, 1.0], "guidance_schedule": "linear", "temperature_end": 0.5, "min_p": 0.1,
         "jacobi_window": 4, "negative": "a green square", "mix": ["蓝色正方形", 0.3],
     }  # fmt: skip
     assert set(facts["scores"]) == {"caption"}
+    assert Image.open("o/000-00.png").size == (20, 8)
 
 
 def test_the_scorer_that_was_used_is_recorded_when_none_was_chosen(draw) -> None:

@@ -163,7 +163,7 @@ def test_wrong_settings_are_told_and_leave_no_run(
         ("train_gpt", ["--deepspeed", "none.json"], "none.json: No such file"),
         ("train_clip", ["--set", "text_tokenizer=none.model"], "none.model: No such file"),
         ("train_clip", ["--set", "patch_size_px=5"], "must be a multiple of patch_size_px"),
-        ("train_clip", ["--set", "vision.width=30"], "must be n_heads"),
+        ("train_clip", ["--set", "vision.width=31"], "must be n_heads"),
     ],
 )
 def test_missing_and_unfit_parts_are_told(

@@ -235,3 +235,11 @@ def test_the_matrices_of_what_is_visible_are_no_weights_and_need_no_memory_of_th
 def test_more_pivots_than_image_ids_are_refused(make_gpt) -> None:
     with pytest.raises(ValueError, match=r"n_pivots 7: expected at most the image's 6 ids"):
         make_gpt(sparsity=PivotWindowConfig(n_pivots=7))
+
+
+def test_an_odd_width_of_heads_is_for_learned_positions_only(make_gpt) -> None:
+    odd = WIDE.model_copy(update={"width": 30, "n_heads": 6})
+    gpt = make_gpt("learned", transformer=odd)
+    assert gpt(gpt.layout.join(pad_texts(TEXTS, 5), images(4))).isfinite().all()
+    with pytest.raises(ValueError, match="positions rotary: heads are 5 wide, expected an even width"):
+        make_gpt(transformer=odd)

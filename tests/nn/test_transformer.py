@@ -178,7 +178,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize("sizes", [{"width": 30, "n_heads": 4}, {"width": 24, "n_heads": 4}])
+@pytest.mark.parametrize("sizes", [{"width": 30, "n_heads": 4}, {"width": 24, "n_heads": 5}])
 def test_a_width_that_the_heads_cannot_share_is_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be n_heads"):
         TransformerConfig(**sizes)

@@ -23,6 +23,7 @@ VERBS = (
     "train_clip",
     "export",
     "generate",
+    "edit",
     "caption",
     "evaluate",
     "make_pipeline",

@@ -8,7 +8,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqt2i.cli.options import RUNS, add_engine_arguments, add_machine_arguments, add_sampling_arguments
+from vqt2i.cli.options import (
+    RUNS,
+    add_engine_arguments,
+    add_grid_argument,
+    add_machine_arguments,
+    add_sampling_arguments,
+)
 
 if TYPE_CHECKING:
     from vqt2i.generation.output import OutputFolder
@@ -34,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder, or one to go on with "
                         "(default: outputs/0001 and so on)")  # fmt: skip
+    add_grid_argument(parser)
     add_engine_arguments(parser)
     parser.add_argument("--preview", action="store_true", help="show what is drawn while its tokens come: writes "
                         "preview.png in the folder over and over")  # fmt: skip
@@ -70,6 +77,8 @@ def _draw(args: argparse.Namespace) -> None:
     pictures = [Picture.read(path) for path in args.images]
     placement = placement_from(args, place) | {"engine": args.engine, "precision": args.precision}
     pipeline = open_pipeline(args.model, args.runs, **placement)
+    if args.grid:
+        pipeline = pipeline.with_grid(*args.grid)
     sampling = sampling_from(args, pipeline.config.sampling)
     negative, mix = args.negative and clean_text(args.negative), args.mix and Mix(clean_text(args.mix[0]), _share(args))
     examples = () if pictures else pipeline.config.example_prompts or [""]
@@ -77,7 +86,7 @@ def _draw(args: argparse.Namespace) -> None:
     scorer = (args.scorer or pipeline.default_scorer) if args.rerank else None
     settings = {
         **sampling.model_dump(), "negative": negative, "mix": mix, "rerank": args.rerank, "scorer": scorer,
-        "seed": args.seed, "precision": pipeline.engine.precision,
+        "seed": args.seed, "precision": pipeline.engine.precision, "grid": args.grid,
     }  # fmt: skip
     n = args.n or min(4, args.rerank or 4)
     request = Request([prompt_name(prompt) for prompt in prompts], n, settings, pipeline.fingerprints)

@@ -88,6 +88,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
                         "products: lower ones are faster and draw other pictures (default: fp32 on CPUs)")  # fmt: skip
 
 
+def add_grid_argument(parser: argparse.ArgumentParser) -> None:
+    """--grid."""
+    parser.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="draw pictures of H rows of W cells "
+                        "(default: those of the training; docs/editing.md)")  # fmt: skip
+
+
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """--devices, --memory, --offload."""
     parser.add_argument("--devices", type=int, metavar="N", help="draw on N GPUs, or without one in N processes; "

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+GREY = 128  # what is shown where a picture has nothing yet
+
 Variants = Literal["centre", "flip", "five-crop", "ten-crop"]
 _CROPS_AND_MIRRORED = {"centre": (1, False), "flip": (1, True), "five-crop": (5, False), "ten-crop": (5, True)}
 _CORNER_SHARE = 1 / 1.1  # of the side of the centred square, as LlamaGen (arXiv 2406.06525) crops it

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vqt2i.data.decode import RefusedError
+from vqt2i.data.decode import RefusedError, decode_image
 from vqt2i.data.shards import is_language
 from vqt2i.errors import DataError
 
@@ -71,6 +71,19 @@ def read_file(path: Path) -> bytes:
         raise RefusedError("missing file", str(path)) from None
     except (OSError, ValueError) as error:
         raise RefusedError("unreadable file", str(error)) from None
+
+
+def read_image(path: Path) -> np.ndarray:
+    """uint8 (H, W, 3) of an image file, upright, as data sets have it.
+
+    Raises:
+        DataError: no such file, or not a picture.
+    """
+    try:
+        return decode_image(read_file(path)).image_HW3
+    except RefusedError as refused:
+        told = f"{refused.reason}{f' ({refused.detail})' if refused.detail else ''}"
+        raise DataError(f"{path}: {told}; expected a picture such as a PNG or JPEG file") from None
 
 
 # --- a folder of images with text files beside them ---

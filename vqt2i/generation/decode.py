@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqt2i.generation.jacobi import jacobi_passes
-from vqt2i.generation.rows import GuidedRows, Job
+from vqt2i.generation.rows import DRAWN, GuidedRows, Job, fixed_ids
 from vqt2i.generation.sampling import SamplingConfig, draw
 from vqt2i.gpt import GPT
 from vqt2i.runtime import stream_seed
@@ -64,7 +64,7 @@ def decode_image_ids(
             have so far, (images, tokens) on the CPU. Calling that function waits for the device; not calling it costs
             nothing.
         on_passes: called with each image that is done and how many passes of the GPT it took, that of its
-            condition included: as many as tokens, or fewer with a `jacobi_window`.
+            condition included: as many as tokens that were drawn, or fewer with a `jacobi_window`.
     """
     if sampling.jacobi_window is None:
         size, decode = rows_at_once, partial(_decode_batch, start=start or partial(PlainDrawing, gpt))
@@ -96,11 +96,17 @@ class PlainDrawing:
         n = len(uniform_IB)
         self.temperatures, self.rows = sampling.temperatures(n), GuidedRows(gpt, jobs, sampling)
         self.image_BI = torch.empty(len(jobs), n, dtype=torch.long, device=gpt.device)
+        fixed_BI = fixed_ids(jobs, n)
+        self.fixed_BI, self.all_fixed_I = fixed_BI.to(gpt.device), (fixed_BI != DRAWN).all(0).tolist()
 
     def step(self, index: int) -> None:
-        """As `Drawing.step`."""
-        logits_BV = self.rows.logits(self.image_BI[:, :index])[:, -1]
-        self.image_BI[:, index] = draw(logits_BV, self.uniform_IB[index], self.sampling, self.temperatures[index])
+        """As `Drawing.step`. What is fixed in all images is read with the next token that is drawn, in one pass."""
+        token_B = self.fixed_BI[:, index]
+        if not self.all_fixed_I[index]:
+            logits_BV = self.rows.logits(self.image_BI[:, :index])[:, -1]
+            drawn_B = draw(logits_BV, self.uniform_IB[index], self.sampling, self.temperatures[index])
+            token_B = torch.where(token_B == DRAWN, drawn_B, token_B)
+        self.image_BI[:, index] = token_B
 
 
 def _decode_batch(
@@ -131,7 +137,7 @@ def _decode_batch(
         if on_partial:
             on_partial(jobs, lambda n_drawn=index + 1: drawing.image_BI[:, :n_drawn].cpu()[inverse])
     for job in jobs if on_passes else ():
-        on_passes(job, n)
+        on_passes(job, job.n_passes(n))
     return drawing.image_BI.cpu()[inverse]
 
 
@@ -152,7 +158,7 @@ def _decode_in_turn(
         for job in group:
             rows.rewind_to(0)
             n_passes = n_drawn = 0
-            for ids_1I in jacobi_passes(rows, gpt.layout.image_length, sampling, stream(job, seed)):
+            for ids_1I in jacobi_passes(rows, job, sampling, stream(job, seed)):
                 n_passes += 1
                 if on_token:
                     on_token(ids_1I.shape[1] - n_drawn)

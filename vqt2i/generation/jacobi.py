@@ -16,32 +16,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqt2i.generation.rows import GuidedRows
+from vqt2i.generation.rows import DRAWN, GuidedRows, Job, fixed_ids
 from vqt2i.generation.sampling import SamplingConfig, filter_logits, pick_by_weight
 
 
-def jacobi_passes(rows: GuidedRows, n: int, sampling: SamplingConfig, rng: np.random.Generator) -> Iterator[Tensor]:
-    """Draw the `n` tokens of one image; yields after each pass of the GPT those that are final, (1, tokens so far).
+def jacobi_passes(
+    rows: GuidedRows, job: Job, sampling: SamplingConfig, rng: np.random.Generator
+) -> Iterator[Tensor]:
+    """Draw the tokens of one image; yields after each pass of the GPT those that are final, (1, tokens so far).
+
+    A token that the job fixes is its own draft, of probability 1, so that the window reaches over it.
 
     Args:
         rows: those of the image alone, without image tokens.
     """
-    device = rows.gpt.device
+    n, device = rows.gpt.layout.image_length, rows.gpt.device
     temperature_I1 = torch.tensor(sampling.temperatures(n), device=device)[:, None]
-    image_1I = torch.empty(1, n, dtype=torch.long, device=device)
+    image_1I = fixed_ids([job], n).to(device)
+    fixed_I = image_1I[0].clone()
+
+    def first_drawn(start: int) -> int:
+        """The first token from `start` on that is not fixed."""
+        return next((at for at in range(start, n) if not job.fixed or job.fixed[at] is None), n)
 
     def distributions(start: int, end: int) -> Tensor:
         """Of the tokens `start` to `end`, each after those before it."""
         logits_WV = rows.logits(image_1I[:, : end - 1], end - start)[0]
-        return filter_logits(logits_WV, sampling, temperature_I1[start:end]).double().softmax(-1)
+        drawn_WV = filter_logits(logits_WV, sampling, temperature_I1[start:end]).double().softmax(-1)
+        fixed_W1 = fixed_I[start:end, None]
+        certain_WV = F.one_hot(fixed_W1[:, 0].clamp_min(0), drawn_WV.shape[-1])
+        return torch.where(fixed_W1 == DRAWN, drawn_WV, certain_WV)
 
-    new_WV = distributions(0, 1)
-    image_1I[:, 0] = pick_by_weight(new_WV, torch.from_numpy(rng.random(1)).to(device))
-    yield image_1I[:, :1]
-    n_final, old_WV = 1, new_WV[1:]
+    n_final = first_drawn(0)
+    if n_final == n:
+        yield image_1I
+        return
+    new_WV = distributions(n_final, n_final + 1)
+    image_1I[:, n_final] = pick_by_weight(new_WV, torch.from_numpy(rng.random(1)).to(device))
+    n_final, old_WV = first_drawn(n_final + 1), new_WV[1:]
+    yield image_1I[:, :n_final]
     while n_final < n:
         n_drafted, end = n_final + len(old_WV), min(n_final + sampling.jacobi_window, n)
-        image_1I[:, n_drafted:end] = image_1I[:, n_drafted - 1 : n_drafted]
+        fixed_W = fixed_I[n_drafted:end]
+        image_1I[0, n_drafted:end] = torch.where(fixed_W == DRAWN, image_1I[0, n_drafted - 1], fixed_W)
         certain_WV = F.one_hot(image_1I[0, n_drafted:end], new_WV.shape[-1])
         new_WV = distributions(n_final, end)
         uniform_W2 = torch.from_numpy(rng.random((end - n_final, 2))).to(device)
@@ -50,8 +67,9 @@ def jacobi_passes(rows: GuidedRows, n: int, sampling: SamplingConfig, rng: np.ra
         # the first that changed is final too: all before it is what it was drawn after
         n_new = min(int((tokens_W == drafts_W).long().cumprod(0).sum()) + 1, end - n_final)
         image_1I[0, n_final:end] = tokens_W
+        rows.rewind_to(n_final + n_new - 1)  # what was read behind it came after the draft, not after it
+        n_new = first_drawn(n_final + n_new) - n_final
         n_final, old_WV = n_final + n_new, new_WV[n_new:]
-        rows.rewind_to(n_final - 1)
         yield image_1I[:, :n_final]
 
 

@@ -269,9 +269,22 @@ def labelled_grid(folder: Path, records: Sequence[dict[str, Any]]) -> Image.Imag
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """The image as a tile of TILE_PX."""
-    method = Image.Resampling.NEAREST if image.width < TILE_PX else Image.Resampling.LANCZOS
-    return image.resize((TILE_PX, TILE_PX), method)
+    """The image as a tile whose longer side is TILE_PX."""
+    longer = max(image.size)
+    method = Image.Resampling.NEAREST if longer < TILE_PX else Image.Resampling.LANCZOS
+    return image.resize([max(1, round(side * TILE_PX / longer)) for side in image.size], method)
+
+
+def strip(tiles: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures side by side, their labels below."""
+    tile_px = TILE_PX + MARGIN_PX
+    image = Image.new("RGB", (len(tiles) * tile_px + MARGIN_PX, TILE_PX + LABEL_PX + 2 * MARGIN_PX), "white")
+    draw, font = ImageDraw.Draw(image), _font(10)
+    for column, (label, picture) in enumerate(tiles):
+        x = MARGIN_PX + column * tile_px
+        image.paste(enlarged(picture), (x, MARGIN_PX))
+        draw.text((x, MARGIN_PX + TILE_PX + 1), _shortened(draw, label, font, TILE_PX), "#777", font)
+    return image
 
 
 def _require_same(path: Path, request: Request) -> None:

@@ -1,5 +1,6 @@
 """`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
+import copy
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,13 +18,15 @@ from vqt2i.checkpoint import load_model, read_card, require_same
 from vqt2i.clip import CLIP
 from vqt2i.clip.huggingface import load_scorer
 from vqt2i.config import Config, load_config
-from vqt2i.data.images import png_bytes, to_uint8
+from vqt2i.data.images import GREY, png_bytes, to_tensor, to_uint8
 from vqt2i.errors import CheckpointError, PromptError, ResourceError
 from vqt2i.generation.batches import Packer
 from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption, caption_images, require_reads_images
 from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.edit import Change, Paste, Vary, fit_grid, fix_kept, open_canvas, paste, varied_cells
 from vqt2i.generation.engine import Engine, EngineName, PrecisionName
 from vqt2i.generation.memory import (
+    FINISHED_AT_ONCE,
     ROWS_AT_ONCE,
     Budget,
     decoding_needs,
@@ -34,7 +37,7 @@ from vqt2i.generation.memory import (
 )
 from vqt2i.generation.prompts import Picture, prompt_name
 from vqt2i.generation.reading import Prompt, PromptReader, reads_embeddings
-from vqt2i.generation.rerank import Scorer, caption_scores, combine, embedding_scores
+from vqt2i.generation.rerank import EditScorer, Scorer, caption_scores, combine, embedding_scores, likelihood_scores
 from vqt2i.generation.rows import Mixed
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, Condition, GPTConfig
@@ -45,7 +48,6 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 PARTS = ("text", "vq", "gpt", "clip")
 PIPELINE = "pipeline.yaml"
 Offload = Literal["auto", "never", "always"]
-GREY = 128
 
 
 class PipelineConfig(Config):
@@ -121,6 +123,20 @@ class _Drawn(NamedTuple):
 
     ids_HW: Tensor
     n_passes: int
+
+
+def n_candidates(n: int, rerank: int | None) -> int:
+    """How many pictures are drawn for `n` of them: `rerank`, or just `n`.
+
+    Raises:
+        PromptError: numbers that make no sense.
+    """
+    count = n if rerank is None else rerank
+    if min(n, count) < 1:
+        raise PromptError(f"number of pictures: found {min(n, count)}, expected 1 or more")
+    if count < n:
+        raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
+    return count
 
 
 def pipeline_folders(folder: Path) -> dict[str, Path | None]:
@@ -303,12 +319,8 @@ class TextToImage:
             PromptError: numbers out of range, a scorer that the pipeline does not have, a prompt of a kind that its GPT
                 does not read, or a negative or mixed-in text that could not be read to its end or by nothing.
         """
-        if n < 1:
-            raise PromptError(f"number of pictures: found {n}, expected 1 or more")
-        if rerank is not None and 1 <= rerank < n:
-            raise PromptError(f"n is {n}, but only {rerank} candidates are drawn; ask for rerank >= n")
         groups = self.stream(
-            prompts, n if rerank is None else rerank, scorer=scorer, scored=rerank is not None,
+            prompts, n_candidates(n, rerank), scorer=scorer, scored=rerank is not None,
             sampling=sampling, negative=negative, mix=mix, seed=seed, on_token=on_token, on_preview=on_preview,
         )  # fmt: skip
         return [sample for group in groups for sample in group[:n]]
@@ -571,3 +583,107 @@ class TextToImage:
             require_reads_images(self.gpt_folder, read_card(self.gpt_folder))
         with self._at_work(self.vq):
             return caption_images(self.text, self.vq, self.gpt, images, n=n, how=how or BeamConfig(), seed=seed)
+
+    def with_grid(self, rows: int, columns: int) -> "TextToImage":
+        """The same parts for images of so many rows and columns of cells; only what no training has seen is new.
+
+        Raises:
+            ConfigError: the GPT's positions have no place for such a grid.
+        """
+        other = copy.copy(self)
+        other.gpt = self.gpt.with_grid(rows, columns * self.vq.config.quantizer.ids_per_cell)
+        return other
+
+    def edit(
+        self,
+        image: Image.Image | np.ndarray,
+        prompt: str,
+        change: Change,
+        *,
+        n: int = 1,
+        rerank: int | None = None,
+        scorer: EditScorer = "likelihood",
+        sampling: SamplingConfig | None = None,
+        negative: str | None = None,
+        pasted: Paste | None = None,
+        seed: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[Sample]:
+        """The best `n` pictures in which what `change` says is drawn anew, best first.
+
+        Args:
+            image: a picture of the shape of the model's grid, of any size; uint8 (height, width, 3) or Pillow's.
+            prompt: what the whole picture is to show.
+            rerank: candidates drawn and scored; None draws just `n` and scores nothing.
+            scorer: what ranks them; "all" is the likelihood of the whole picture, CLIP (where there is one) and the
+                caption score together.
+            pasted: how the given pixels come into the pictures; None leaves the model's own of the size that it draws.
+
+        Raises:
+            DataError: not a picture, a mask of another size, or a picture of another shape than the grid.
+            PromptError: for what `generate` raises it, and for a change that is not one of this picture.
+        """
+        count = n_candidates(n, rerank)
+        if scorer not in get_args(EditScorer):
+            raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(EditScorer))}")
+        if rerank and scorer in ("clip", "both") and self.clip is None:
+            raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; use the scorer 'likelihood' or 'caption'")
+        if rerank and scorer in ("caption", "both") and not self.gpt.layout.reads_text:
+            raise PromptError(f"scorer {scorer!r}: this GPT reads no text; use the scorer 'likelihood' or 'clip'")
+        if pasted and pasted.feather_px < 0:
+            raise PromptError(f"feather of {pasted.feather_px} pixels: expected 0 or more")
+        if pasted and isinstance(change, Vary):
+            raise PromptError("a variation keeps cells here and there and no region of pixels; nothing can be pasted")
+        sampling, prompt = sampling or self.config.sampling, clean_text(prompt)
+        led_from, _ = self._beside(negative, None, sampling)
+        reader = self._reader
+        reader.require_readable(prompt)
+        canvas, condition = open_canvas(image, change), reader.condition(prompt)
+        kept_ids_HW = self._encode(canvas.image_HW3)
+        cells = kept_ids_HW.shape[0], kept_ids_HW.shape[1] // self.vq.config.quantizer.ids_per_cell
+        jobs = []
+        for index in range(count):
+            varied = isinstance(change, Vary)
+            redrawn_YX = varied_cells(change.share, *cells, seed, index) if varied else canvas.redrawn_cells(*cells)
+            jobs.append(Job(condition, 0, index, led_from, fixed=fix_kept(kept_ids_HW, redrawn_YX)))
+        n_passes: dict[Job, int] = {}
+        ids_BHW = decode_image_ids(
+            self.engine.gpt(self.gpt), jobs, sampling, seed, start=self.engine.start(self.gpt, count),
+            on_token=on_token, on_passes=n_passes.__setitem__,
+        )  # fmt: skip
+        with self._at_work(self.vq, self.clip):
+            image_B3HW = self._decode(ids_BHW, FINISHED_AT_ONCE)
+            scores = self._score_edits(scorer, image_B3HW, ids_BHW, prompt) if rerank else {}
+        n_truncated = reader.n_unread(prompt)
+        samples = [
+            Sample(
+                prompt, 0, job.image_index, seed, paste(canvas, picture_HW3, pasted) if pasted else picture_HW3.copy(),
+                ids_HW.numpy().copy(), n_truncated,
+                {name: float(values[job.image_index]) for name, values in scores.items()}, n_passes[job],
+            )
+            for job, picture_HW3, ids_HW in zip(jobs, to_uint8(image_B3HW), ids_BHW, strict=True)
+        ]  # fmt: skip
+        return sorted(samples, key=lambda s: -s.scores[scorer])[:n] if rerank else samples
+
+    @torch.inference_mode()
+    def _encode(self, image_HW3: np.ndarray) -> Tensor:
+        """The ids of a picture of the shape of the GPT's grid, (grid height, grid width) on the CPU."""
+        layout, vq = self.gpt.layout.config, self.vq.config
+        fitted_HW3 = fit_grid(
+            image_HW3, layout.grid_height, layout.grid_width // vq.quantizer.ids_per_cell, vq.downsample
+        )
+        with self._at_work(self.vq):
+            return self.vq.encode(to_tensor(fitted_HW3)[None].to(self.gpt.device))[0].cpu()
+
+    def _score_edits(
+        self, scorer: EditScorer, image_B3HW: Tensor, ids_BHW: Tensor, prompt: str
+    ) -> dict[str, Tensor]:
+        scores = {}
+        if scorer in ("likelihood", "all"):
+            gpt, parts, given = self.engine.gpt(self.gpt), ids_BHW.split(ROWS_AT_ONCE), self._reader.condition(prompt)
+            scores["likelihood"] = torch.cat([likelihood_scores(gpt, part, [given] * len(part)) for part in parts])
+        if scorer != "likelihood":
+            scores |= self._score(self.default_scorer if scorer == "all" else scorer, image_B3HW, ids_BHW, prompt)
+        if len(scores) > 1:
+            scores[scorer] = combine(scores)
+        return scores

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from vqt2i.clip import CLIP, embed_images, embed_texts
-from vqt2i.gpt import GPT, caption_log_probability
+from vqt2i.generation.rows import GuidedRows, Job
+from vqt2i.generation.sampling import SamplingConfig
+from vqt2i.gpt import GPT, Condition, caption_log_probability
+from vqt2i.gpt.loss import token_nll
 from vqt2i.text import pad_texts
 
 Scorer = Literal["clip", "caption", "both"]
+EditScorer = Literal["likelihood", "clip", "caption", "both", "all"]
 
 
 @torch.inference_mode()
@@ -36,6 +40,21 @@ def caption_scores(gpt: GPT, image_ids_BHW: Tensor, texts: Sequence[Sequence[int
     return caption_log_probability(
         gpt, type(text)(*(t.to(device) for t in text)), image_ids_BHW.flatten(1).to(device)
     ).cpu()
+
+
+@torch.inference_mode()
+def likelihood_scores(gpt: GPT, image_ids_BHW: Tensor, conditions: Sequence[Condition]) -> Tensor:
+    """log p(image | condition) per token in nats, (B,): of all tokens, whether they were drawn or given.
+
+    Candidates for a hole are drawn without a look at what was given behind it; here each given token is asked for after
+    the drawn ones before it.
+    """
+    image_BI = image_ids_BHW.flatten(1).to(gpt.device)
+    jobs = [Job(condition, 0, row) for row, condition in enumerate(conditions)]
+    rows = GuidedRows(gpt, jobs, SamplingConfig(guidance=1.0))
+    first = rows.logits(image_BI[:, :0])
+    logits_BIV = torch.cat((first, rows.logits(image_BI[:, :-1], image_BI.shape[1] - 1)), dim=1)
+    return -token_nll(logits_BIV, image_BI)[0].mean(1).cpu()
 
 
 def combine(scores: dict[str, Tensor]) -> Tensor:

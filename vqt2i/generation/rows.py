@@ -14,6 +14,9 @@ from vqt2i.generation.sampling import SamplingConfig, guide
 from vqt2i.gpt import GPT, Condition
 from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
 
+FixedIds = tuple[int | None, ...]
+DRAWN = -1  # stands in tensors of fixed ids where none is
+
 
 class Mixed(NamedTuple):
     """Something else that an image is to show, and its share, in (0, 1), of the conditional logits."""
@@ -28,6 +31,7 @@ class Job(NamedTuple):
     negative: what guidance leads away from; None is the null condition.
     mixed: a second condition; guided, the two are a conjunction as Liu et al. 2022 (arXiv 2206.01714) compose
         conditions of diffusion models.
+    fixed: for each of the image's tokens its id, or None where it is to be drawn; () draws all of them.
     """
 
     condition: Condition
@@ -35,11 +39,16 @@ class Job(NamedTuple):
     image_index: int
     negative: Condition | None = None
     mixed: Mixed | None = None
+    fixed: FixedIds = ()
 
     @property
     def conditions(self) -> tuple[Condition, Condition | None, Mixed | None]:
         """What its logits depend on beside the tokens drawn: jobs with equal ones may share rows."""
         return self.condition, self.negative, self.mixed
+
+    def n_passes(self, n: int) -> int:
+        """How many passes of the GPT give its `n` tokens one by one, that of its text included."""
+        return self.fixed.count(None) + (self.fixed[0] is not None) if self.fixed else n
 
 
 class _Prefilled(NamedTuple):
@@ -122,6 +131,11 @@ def read_conditions(gpt: GPT, conditions: Sequence[Condition], *, whole: bool = 
     """Read conditions as prefixes of images, padded to the longest of them or, `whole`, to the longest possible."""
     prefix = gpt.reader(gpt.reader.collate(conditions, gpt.device, whole=whole))
     return Prefixes(*gpt.prefill(prefix), prefix.real_BL)
+
+
+def fixed_ids(jobs: Sequence[Job], n: int) -> Tensor:
+    """The ids of each image that are fixed, (B, n), and DRAWN elsewhere."""
+    return torch.tensor([[DRAWN if id is None else id for id in job.fixed or (None,) * n] for job in jobs])
 
 
 def count_runs(conditions: Iterable[Condition]) -> list[tuple[Condition, int]]:

@@ -5,6 +5,7 @@ B batch, L sequence, D width, A axes, V vocabulary, I image ids, P patterns of s
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from vqt2i.config import Config
+from vqt2i.config import Config, build_config
+from vqt2i.errors import ConfigError
 from vqt2i.gpt.condition import ConditionConfig, TextCondition
 from vqt2i.gpt.reader import build_reader
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
@@ -58,6 +60,14 @@ class GPTConfig(Config):
         if wrong or (self.layout.padding == "learned" and not self.sequence_layout.reads_text):
             raise ValueError(f"condition {self.condition.kind}: found {', '.join(wrong) or 'learned padding'}; texts "
                              "have a tokenizer and sizes above 0, other conditions neither")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _heads_hold_pairs(self) -> GPTConfig:
+        width = self.transformer.head_width
+        if self.positions == "rotary" and width % 2:
+            raise ValueError(f"positions rotary: heads are {width} wide, expected an even width; change "
+                             "transformer.width or n_heads, or take learned positions")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -135,6 +145,33 @@ class GPT(nn.Module):
         unit_KD = codes_KD / codes_KD.square().sum(-1).mean().sqrt()
         for weight, std in ((self.embedding.weight, EMBEDDING_STD), (self.head.weight, width**-0.5)):
             weight[first : first + n_codes] = unit_KD @ torch.randn(code_width, width) * std
+
+    def with_grid(self, height: int, width: int) -> GPT:
+        """A twin of the same weights for images of `height` rows of `width` ids.
+
+        Rotary positions go on beyond the grid of the training, where no weight has learned what they mean.
+
+        Raises:
+            ConfigError: its positions, or their tables, have no place for such a grid.
+        """
+        positions, own = self.config.positions, self.layout.config
+        if positions not in ("rotary", "learned"):
+            raise ConfigError(f"grid of {height} x {width} ids: the model's positions are {positions!r}, which count "
+                              "tokens, not rows and columns; expected a model of rotary or learned ones")  # fmt: skip
+        if height < 1 or width < 1:
+            raise ConfigError(f"grid of {height} x {width} ids: expected 1 or more rows and columns")
+        if positions == "learned":
+            most = tuple(table.num_embeddings - 1 for table in self.position_embeddings[1:])
+            if height > most[0] or width > most[1]:
+                raise ConfigError(f"grid of {height} x {width} ids: the model has learned positions for "
+                                  f"{most[0]} x {most[1]} at most")  # fmt: skip
+        twin = copy.deepcopy(self, memo={id(parameter): parameter for parameter in self.parameters()})
+        layout = own.model_copy(update={"grid_height": height, "grid_width": width})
+        twin.config = build_config(GPTConfig, {**self.config.model_dump(), "layout": layout.model_dump()}, "grid")
+        twin.layout = twin.reader.layout = twin.config.sequence_layout
+        if not isinstance(self.config.sparsity, DenseConfig):
+            twin.visible_PII = twin._visible().to(self.device)
+        return twin
 
     @property
     def device(self) -> torch.device:

@@ -51,8 +51,8 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TransformerConfig:
-        if self.width % self.n_heads or (self.width // self.n_heads) % 4:
-            raise ValueError(f"width {self.width} must be n_heads ({self.n_heads}) times a multiple of 4")
+        if self.width % self.n_heads:
+            raise ValueError(f"width {self.width} must be n_heads ({self.n_heads}) times the width of a head")
         return self
 
     @property
@@ -100,7 +100,7 @@ class ScaledLayerNorm(nn.LayerNorm):
     """LayerNorm(x / max|x|), so that no square of x leaves the range of 16 bits (CogView, arXiv 2105.13290, §2.4).
 
     LayerNorm does not see the scale of its input but for `eps`. The maximum is that of each position, where CogView's
-    code takes that of the whole batch: a row shall not depend on its neighbours.
+    code takes an eighth (as an `eps` 64 times smaller) of that of the whole batch: a row depends on no neighbour.
     """
 
     def forward(self, x_BLD: Tensor) -> Tensor:
