@@ -240,8 +240,7 @@ class CompiledEngine:
     def serves(self, jobs: Sequence[Job]) -> bool:
         """Whether there is nothing but a condition for each image, and one null for all."""
         nulls = {self.gpt.reader.null(job.condition) for job in jobs}
-        plain = all(job.negative in (None, *nulls) and not job.mixed and not job.fixed for job in jobs)
-        return len(nulls) == 1 and plain
+        return len(nulls) == 1 and all(job.negative in (None, *nulls) and not (job.mixed or job.fixed) for job in jobs)
 
     def shape(self, conditions: Sequence[tuple[Condition, int]], sampling: SamplingConfig) -> Shape:
         """What these images need: every condition the same number of rows, those of more images several times."""

@@ -533,6 +533,8 @@ class TextToImage:
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(EditScorer))}")
         if rerank and scorer in ("clip", "both") and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; use the scorer 'likelihood' or 'caption'")
+        if rerank and scorer in ("caption", "both") and not self.gpt.layout.reads_text:
+            raise PromptError(f"scorer {scorer!r}: this GPT reads no text; use the scorer 'likelihood' or 'clip'")
         if pasted and pasted.feather_px < 0:
             raise PromptError(f"feather of {pasted.feather_px} pixels: expected 0 or more")
         if pasted and isinstance(change, Vary):

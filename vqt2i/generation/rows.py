@@ -133,6 +133,11 @@ def read_conditions(gpt: GPT, conditions: Sequence[Condition], *, whole: bool = 
     return Prefixes(*gpt.prefill(prefix), prefix.real_BL)
 
 
+def fixed_ids(jobs: Sequence[Job], n: int) -> Tensor:
+    """The ids of each image that are fixed, (B, n), and DRAWN elsewhere."""
+    return torch.tensor([[DRAWN if id is None else id for id in job.fixed or (None,) * n] for job in jobs])
+
+
 def count_runs(conditions: Iterable[Condition]) -> list[tuple[Condition, int]]:
     """Conditions with the number of times that each stands side by side."""
     return [(condition, len(list(rows))) for condition, rows in groupby(conditions)]
