@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from vqt2i.checkpoint import save_model
+from vqt2i.data.sources import read_image
 from vqt2i.errors import CheckpointError, DataError, PromptError
 from vqt2i.generation import BeamConfig, DrawConfig, TextToImage
-from vqt2i.generation.captions import beam_search, draw_texts, read_image, require_reads_images, rerank
+from vqt2i.generation.captions import beam_search, draw_texts, require_reads_images, rerank
 from vqt2i.gpt import GPT, caption_log_probability, image_log_probability
 from vqt2i.text import pad_texts
 

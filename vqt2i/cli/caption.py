@@ -62,8 +62,8 @@ def caption_config_from(args: argparse.Namespace) -> "BeamConfig | DrawConfig":
 def run(args: argparse.Namespace) -> None:
     import json
 
+    from vqt2i.data.sources import read_image
     from vqt2i.files import write_atomic
-    from vqt2i.generation.captions import read_image
     from vqt2i.generation.find import open_pipeline
 
     how = caption_config_from(args)

@@ -15,9 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from vqt2i.config import Config
-from vqt2i.data.decode import RefusedError, decode_image
 from vqt2i.data.images import fit_square, to_tensor
-from vqt2i.data.sources import read_file
 from vqt2i.errors import CheckpointError, DataError, PromptError
 from vqt2i.generation.sampling import keep_likeliest, pick
 from vqt2i.gpt import GPT, image_log_probability
@@ -75,19 +73,6 @@ class Found(NamedTuple):
     @property
     def per_token(self) -> float:
         return self.log_p / (len(self.ids) + 1)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3) of an image file, upright, as data sets have it.
-
-    Raises:
-        DataError: no such file, or not a picture.
-    """
-    try:
-        return decode_image(read_file(path)).image_HW3
-    except RefusedError as refused:
-        told = f"{refused.reason}{f' ({refused.detail})' if refused.detail else ''}"
-        raise DataError(f"{path}: {told}; expected a picture such as a PNG or JPEG file") from None
 
 
 def require_reads_images(folder: Path, card: dict[str, Any]) -> None:
