@@ -1,11 +1,16 @@
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from vqt2i.runtime import (
+    control_group_rooms,
     counter,
     fastest_precision,
+    free_memory,
     matmul_rate,
+    measured_peak,
     memory_bandwidth,
     peak_memory,
     pick_device,
@@ -80,3 +85,34 @@ def test_the_matmul_rate_is_measured_once_for_a_shape():
 def test_the_memory_bandwidth_is_measured_once_for_a_size() -> None:
     rate = memory_bandwidth("cpu", 2**24)
     assert rate > 1e7 and memory_bandwidth("cpu", 2**24) == rate
+
+
+def test_free_memory_is_some_and_a_peak_is_seen_where_the_system_tells_it() -> None:
+    device = torch.device("cpu")
+    assert 0 < free_memory(device) < 2**50
+    total, peak = measured_peak(device, lambda: torch.ones(2**24).sum().item())
+    assert total == 2**24 and (peak is None or 0.9 * 2**26 < peak < 2**28)
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "rooms"),
+    [
+        ("0::/job/step", {"job/step/memory": ("max", 70, 0), "job/memory": ("1000", 400, 150)}, [750]),
+        ("0::/elsewhere", {"memory": ("500", 600, 0)}, [0]),
+        ("4:memory:/job", {"memory/job/memory": ("1000", 400, 0), "memory/memory": ("5000", 500, 100)}, [600, 4600]),
+        ("3:cpuset:/", {}, []),
+        ("0::/", {}, []),
+    ],
+)
+def test_the_limits_of_every_control_group_above_count_without_what_files_take(
+    line: str, files: dict[str, tuple[str, int, int]], rooms: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "membership").write_text(f"{line}\n")
+    first = "memory" in line
+    for name, (limit, used, cached) in files.items():
+        folder = (tmp_path / "root" / name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{limit}\n")
+        (folder / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{'total_' if first else ''}inactive_file {cached}\n")
+    assert list(control_group_rooms(tmp_path / "membership", tmp_path / "root")) == rooms
