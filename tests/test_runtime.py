@@ -1,14 +1,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from vqt2i.runtime import (
+    control_group_rooms,
     counter,
     fastest_precision,
+    free_memory,
     matmul_rate,
+    measured_peak,
     memory_bandwidth,
     peak_memory,
     pick_device,
@@ -87,3 +91,34 @@ def test_rates_are_measured_at_each_call(monkeypatch) -> None:
     assert matmul_rate("cpu", "fp32", (2, 3, 4)).shape == (2, 4)
     assert [memory_bandwidth("cpu", 2**10).item() for _ in range(2)] == [1, 1]
     assert calls == [2 * 2 * 3 * 4, 2**10 / 16, 2**10 / 16]
+
+
+def test_free_memory_is_some_and_a_peak_is_seen_where_the_system_tells_it() -> None:
+    device = torch.device("cpu")
+    assert 0 < free_memory(device) < 2**50
+    total, peak = measured_peak(device, lambda: torch.ones(2**24).sum().item())
+    assert total == 2**24 and (peak is None or 0.9 * 2**26 < peak < 2**28)
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "rooms"),
+    [
+        ("0::/job/step", {"job/step/memory": ("max", 70, 0), "job/memory": ("1000", 400, 150)}, [750]),
+        ("0::/elsewhere", {"memory": ("500", 600, 0)}, [0]),
+        ("4:memory:/job", {"memory/job/memory": ("1000", 400, 0), "memory/memory": ("5000", 500, 100)}, [600, 4600]),
+        ("3:cpuset:/", {}, []),
+        ("0::/", {}, []),
+    ],
+)
+def test_the_limits_of_every_control_group_above_count_without_what_files_take(
+    line: str, files: dict[str, tuple[str, int, int]], rooms: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "membership").write_text(f"{line}\n")
+    first = "memory" in line
+    for name, (limit, used, cached) in files.items():
+        folder = (tmp_path / "root" / name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{limit}\n")
+        (folder / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{'total_' if first else ''}inactive_file {cached}\n")
+    assert list(control_group_rooms(tmp_path / "membership", tmp_path / "root")) == rooms

@@ -79,9 +79,9 @@ def test_any_prompts_in_any_batches_give_the_same_pictures_and_scores_and_batche
 ) -> None:
     prompts = PROMPTS * 5
     whole = pipeline.candidates(prompts, 3)
-    for most in (1, 7, 64):
+    for most in (2, 7):
         monkeypatch.setattr("vqt2i.generation.memory.ROWS_AT_ONCE", most)
-        for indices in ([], [9], [1, 4, 9], range(0, 10, 2), range(10)):
+        for indices in ([], [9], [1, 4, 9], range(10)):
             drawn = []
             groups = pipeline.candidates(prompts, 3, indices=indices, on_token=drawn.append)
             assert [group[0].prompt_index for group in groups] == list(indices)
