@@ -40,7 +40,7 @@ from vqt2i.training.batches import TokenSamples, training_loader
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.run import DataConfig, open_dataset
 
-TEXT_LENGTH, BATCH_SIZE, SETTLED = 24, 16, 20
+TEXT_LENGTH, BATCH_SIZE, SETTLED = 24, 16, 40
 FP16_LARGEST = 65_504.0
 BASE = {
     "width": 64, "n_layers": 4, "n_heads": 4, "mlp_width": 256, "norm": "layer", "norm_eps": 1e-5, "mlp": "gelu_tanh",
@@ -194,11 +194,14 @@ def finish(runs: list[Run], n_steps: int, n_processes: int, path: Path) -> Itera
 
 
 def cell(results: list[Result]) -> str:
-    """How many diverged, at which steps, and the last loss of the others."""
-    steps = sorted(r.diverged_at for r in results if r.diverged_at is not None)
+    """How many diverged, why and at which steps, and the last loss of the others."""
+    diverged = [r for r in results if r.diverged_at is not None]
+    parts = [f"{len(diverged)} of {len(results)}"]
+    for why in sorted({r.why for r in diverged}):
+        steps = sorted(r.diverged_at for r in diverged if r.why == why)
+        parts.append(f"{why} at {', '.join(map(str, steps))}")
     last = [sum(r.losses[-10:]) / len(r.losses[-10:]) for r in results if r.diverged_at is None]
-    parts = [f"{len(steps)} of {len(results)}"] + ([f"at {', '.join(map(str, steps))}"] if steps else [])
-    return " ".join(parts) + (f"; loss {sum(last) / len(last):.2f}" if last else "")
+    return "; ".join(parts + ([f"loss {sum(last) / len(last):.2f}"] if last else []))
 
 
 def table(results: dict[Run, Result]) -> str:
@@ -244,7 +247,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/stability"), metavar="DIR")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 1.0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.5, 1.0])
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp16"), default=["bf16", "fp16"])
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()

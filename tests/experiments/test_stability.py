@@ -80,7 +80,7 @@ def test_table_and_plot_say_which_diverged_and_when(stability, tmp_path: Path) -
     assert stability.table(results).splitlines() == [
         "| diverged | bf16, 0.3 |",
         "|---|---|",
-        "| none | 1 of 2 at 7; loss 2.00 |",
+        "| none | 1 of 2; not finite at 7; loss 2.00 |",
         "| all | 0 of 1; loss 2.00 |",
     ]
     stability.plot(results, tmp_path / "stability.png")
