@@ -119,8 +119,8 @@ def train(run: Run, samples: TokenSamples, layout: LayoutConfig, n_steps: int) -
     changes, z = VARIANTS[run.variant]
     torch.manual_seed(run.seed)
     gpt = GPT(GPTConfig(
-        transformer=TransformerConfig(**BASE | changes), layout=layout, positions="learned", text_tokenizer="",
-        image_tokenizer="",
+        transformer=TransformerConfig(**BASE | changes), layout=layout, positions="learned", text_tokenizer="none",
+        image_tokenizer="none",
     ))  # fmt: skip
     gpt = gpt.bfloat16() if run.precision == "bf16" else gpt
     watch = Watch(gpt, run.precision == "fp16")

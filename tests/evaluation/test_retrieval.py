@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,10 @@ PROMPTS = [Caption(text, facts) for text, facts in (("0", "a"), ("1", "b"), ("2"
 class Clip:
     """Embeds the prompt of one id, and the picture whose first pixel is that id, in the same direction."""
 
-    no_text, config = torch.zeros(1), SimpleNamespace(text_length=1, image_size_px=4)
+    config = SimpleNamespace(text_length=1, image_size_px=4)
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter([torch.zeros(1)])
 
     def encode_text(self, ids_BS: Tensor, n_ids_B: Tensor) -> Tensor:
         return torch.eye(4)[ids_BS[:, 0]]

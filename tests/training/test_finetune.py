@@ -1,5 +1,8 @@
 """A run that starts from a trained GPT: whole, in part, or through adapters."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from vqt2i.training.export import export_checkpoint
 from vqt2i.training.finetune import LoRAConfig, add_adapters, freeze, merge_adapter, merged_weights, part_of, plain_gpt
 from vqt2i.training.gpt import GPTRunConfig
 
+TRAIN_GPT = Path(__file__).parents[2] / "tools" / "train_gpt.py"
 LORA = "training.lora={rank: 2, alpha: 6}"
 
 
@@ -97,10 +101,18 @@ def test_a_lora_run_resumes_exactly_and_its_checkpoints_export_as_it_did(train, 
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains_the_adapters_that_one_process_trains(train, weights, base: str, stage: int, tmp_path: Path):
+def test_deepspeed_trains_the_adapters_that_one_process_trains(
+    train, weights, overrides: dict[str, list[str]], base: str, stage: int, tmp_path: Path
+) -> None:
     options = [base, LORA, "trainer.max_steps=4", "trainer.validate_every_steps=2"]
     plain = train("gpt", *options, runs=tmp_path / "plain")
-    run = train("gpt", *options, f"deepspeed.zero_stage={stage}", deepspeed=True, runs=tmp_path / "zero")
+    # in a process of its own: DeepSpeed leaves its process group and variables behind
+    (tmp_path / "defaults.yaml").write_text("")
+    settings = [*overrides["gpt"], *options, f"deepspeed.zero_stage={stage}"]
+    where = ["--config", tmp_path / "defaults.yaml", "--runs", tmp_path / "zero"]
+    command = [sys.executable, TRAIN_GPT, "--deepspeed", *where, *(f"--set={setting}" for setting in settings)]
+    subprocess.run(list(map(str, command)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (run,) = (tmp_path / "zero").iterdir()
     expected, found = weights(plain), weights(run)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
