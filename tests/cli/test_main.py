@@ -47,7 +47,7 @@ def test_an_unknown_option_exits_2(verb: str, fails) -> None:
     out = ["--out", "o"]
     needed = {
         "make_dataset": ["shapes"], "train_tokenizer": out, "make_pipeline": out, "benchmark": ["data"],
-        "export": ["run", *out], "caption": ["a.png"],
+        "export": ["run", *out], "caption": ["a.png"], "diagnose": ["model", "data"],
     }  # fmt: skip
     assert "--no-such-option" in fails(verb, *needed.get(verb, []), "--no-such-option")
 

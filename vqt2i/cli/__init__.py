@@ -23,6 +23,7 @@ VERBS = (
     "generate",
     "caption",
     "evaluate",
+    "diagnose",
     "make_pipeline",
     "benchmark",
 )
