@@ -48,6 +48,7 @@ def test_an_unknown_option_exits_2(verb: str, fails) -> None:
     needed = {
         "make_dataset": ["shapes"], "train_tokenizer": out, "make_pipeline": out, "benchmark": ["data"],
         "export": ["run", *out], "caption": ["a.png"], "edit": ["in.png", "--vary", "0.5"],
+        "diagnose": ["model", "data"],
     }  # fmt: skip
     assert "--no-such-option" in fails(verb, *needed.get(verb, []), "--no-such-option")
 

@@ -26,6 +26,7 @@ VERBS = (
     "edit",
     "caption",
     "evaluate",
+    "diagnose",
     "make_pipeline",
     "benchmark",
 )

@@ -40,7 +40,7 @@ class Section(NamedTuple):
 
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str | int, ...]]
+    rows: list[tuple[str | float, ...]]
     bars: bool = False
     remark: str = ""
 
@@ -111,9 +111,9 @@ class Report:
         text += [_section_text(section) for section in sections]
         write_atomic(self.folder / "report.txt", _utf8("\n".join(text) + "\n"))
         html = [f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(heading)}</title>"]
-        html += [f"<style>{_CSS}</style>"]
+        html += [f"<style>{CSS}</style>"]
         html += [f"<h1>{escape(heading)}</h1><p>{escape(facts)}</p><main>"]
-        html += [_section_html(section) for section in sections]
+        html += [section_html(section) for section in sections]
         html += ["</main>"]
         html += [_sheet_html(split, self._n_samples[split], sheet) for split, sheet in self._sheets.items()]
         write_atomic(self.folder / "report.html", _utf8("\n".join(html) + "\n</html>\n"))
@@ -207,7 +207,8 @@ def _section_text(section: Section) -> str:
     return "\n".join(lines)
 
 
-def _section_html(section: Section) -> str:
+def section_html(section: Section) -> str:
+    """The table, with its title above and its remark below."""
     most = max((row[-1] for row in section.rows), default=0) if section.bars else 0
     html = [f"<section><h2>{escape(section.title)}</h2>"]
     if section.rows:
@@ -227,7 +228,7 @@ def _sheet_html(split: str, n: int, sheet: list[Pair]) -> str:
     for pair in sheet:
         text = "".join(_captions_html(language, captions) for language, captions in pair.captions.items())
         key = escape(pair.key)
-        html.append(f'<figure><img alt="{key}" title="{key}" src="{_data_uri(pair.image_HW3)}">')
+        html.append(f'<figure><img alt="{key}" title="{key}" src="{data_uri(pair.image_HW3)}">')
         html.append(f"<figcaption>{text}</figcaption></figure>")
     return "\n".join([*html, "</div>"])
 
@@ -238,8 +239,8 @@ def _captions_html(language: str, captions: tuple[str, ...]) -> str:
     return f'<p lang={escape(language)} title="{escape(" | ".join(captions))}">{escape(captions[0])}{more}</p>'
 
 
-def _cell(value: str | int) -> str:
-    return f"{value:,}" if isinstance(value, int) else value
+def _cell(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _thumbnail(image_HW3: np.ndarray) -> np.ndarray:
@@ -248,7 +249,8 @@ def _thumbnail(image_HW3: np.ndarray) -> np.ndarray:
     return np.asarray(image)
 
 
-def _data_uri(image_HW3: np.ndarray) -> str:
+def data_uri(image_HW3: np.ndarray) -> str:
+    """A picture, uint8 (H, W, 3), as the address of an <img> that needs no file beside the page."""
     return "data:image/png;base64," + b64encode(png_bytes(Image.fromarray(image_HW3))).decode()
 
 
@@ -256,7 +258,7 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-_CSS = """
+CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
 body { color: #222; background: #fff }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
