@@ -240,7 +240,7 @@ def _captions_html(language: str, captions: tuple[str, ...]) -> str:
 
 
 def _cell(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:,}"
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
 def _thumbnail(image_HW3: np.ndarray) -> np.ndarray:

@@ -54,27 +54,27 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     yield Section(
         "Loss by modality", ("predicted", "nats per token"),
         [
-            ("image, its own caption before it", _rounded(losses.image)),
-            ("the same, training samples", _rounded(losses.train)),
-            ("caption, before the image", _rounded(losses.text)),
-            ("caption, behind the image", _rounded(losses.text_from_image)),
+            ("image, its own caption before it", losses.image),
+            ("the same, training samples", losses.train),
+            ("caption, before the image", losses.text),
+            ("caption, behind the image", losses.text_from_image),
         ],
-        bars=True, remark="a training loss far below the validation loss: learnt by heart; more data would help",
+        bars=True, remark="if training samples cost far less, they were learnt by heart, and more data would help",
     )  # fmt: skip
     yield Section(
         "What a caption is worth", ("image ids predicted", "nats per token"),
         [
-            ("with their own caption", _rounded(losses.image)),
-            ("with another image's caption", _rounded(losses.shuffled)),
-            ("without a caption", _rounded(losses.unconditional)),
-            ("by their frequencies alone", _rounded(losses.frequencies)),
+            ("with their own caption", losses.image),
+            ("with another image's caption", losses.shuffled),
+            ("without a caption", losses.unconditional),
+            ("by their frequencies alone", losses.frequencies),
         ],
         bars=True, remark=f"another image's caption is worse by {diagnosis.shuffled_z:.1f} standard errors",
     )  # fmt: skip
     every = max(1, (len(diagnosis.overfit) - 1) // 6)
     yield Section(
         "One batch learnt by heart", ("step", "nats per image id"),
-        [(str(step), _rounded(loss)) for step, loss in enumerate(diagnosis.overfit) if step % every == 0],
+        [(str(step), loss) for step, loss in enumerate(diagnosis.overfit) if step % every == 0],
         bars=True, remark="a copy of the GPT trained on one training batch alone: the loss of one that can learn falls",
     )  # fmt: skip
     yield Section(
@@ -85,10 +85,6 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
             ("codes seen in the samples", f"{diagnosis.code_usage:.1%}"),
         ],
     )  # fmt: skip
-
-
-def _rounded(value: float) -> float:
-    return round(value, 3)
 
 
 def _positions_html(loss_HW: np.ndarray) -> str:
