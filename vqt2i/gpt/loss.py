@@ -41,9 +41,9 @@ def gpt_loss(
     """Loss of a batch whose first `n_reversed` rows are read image → text and the others condition → image.
 
     In the reversed order the image comes first, so its loss is that of an unconditional image model. A condition that
-    is no text is never predicted: no rows are reversed, and of the loss there is the image's part alone.
+    is not a text alone is never predicted: no rows are reversed, and of the loss there is the image's part alone.
     """
-    if not gpt.layout.reads_text:
+    if not gpt.layout.predicts_text:
         assert n_reversed == 0
         return _image_loss(gpt, condition, image_BI, weights)
     text: TextBatch = condition

@@ -63,6 +63,14 @@ class GPTConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _grids_have_halves(self) -> GPTConfig:
+        height, width = self.layout.grid_height, self.layout.grid_width
+        if self.sequence_layout.is_upscaling and (height % 2 or width % 2):
+            raise ValueError(f"condition low_resolution: a grid of {height} x {width} ids has no half; expected even "
+                             "sides")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _heads_hold_pairs(self) -> GPTConfig:
         width = self.transformer.head_width
         if self.positions == "rotary" and width % 2:
@@ -274,7 +282,7 @@ class GPT(nn.Module):
         if self.config.positions == "learned":
             indices = sequences.positions_BLA.unbind(-1)
         elif self.config.positions == "raster":
-            indices = (sequences.positions_BLA[..., 0], self.layout.image_index(sequences) + 1)
+            indices = (sequences.positions_BLA[..., 0], self.layout.place_index(sequences) + 1)
         else:
             index_BL = (sequences.real_BL.cumsum(1) - 1).clamp_min(0)
             indices = (index_BL if n_before_B is None else index_BL + n_before_B[:, None],)

@@ -23,7 +23,12 @@ Where vectors or a label stand for a text there are image ids only, and behind t
 
 The last of them predicts i₁, as the mark BOI does. Vectors stand at (k, 0, 0) from 0, a label at (0, 0, 0).
 
-B batch, S longest text, N vectors, I image ids, L sequence, A axes, D the model's width
+Where the image is to be drawn from one of half the height and width, the ids of that stand behind the text, in the same
+id space, each where the upper left of the four that it stands for does, on a plane of its own behind all of the text:
+
+    PAD … PAD T2I t₁ … tₙ EOT l₁ … l_M | BOI i₁ … i_I        l at (S + 2, 2 · row + 1, 2 · column + 1), rows from 0
+
+B batch, S longest text, N vectors, M ids of low resolution, I image ids, L sequence, A axes, D the model's width
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +40,13 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from vqt2i.config import Config
-from vqt2i.gpt.condition import ConditionConfig, LabelCondition, TextCondition, VectorCondition
+from vqt2i.gpt.condition import (
+    ConditionConfig,
+    LabelCondition,
+    LowResolutionCondition,
+    TextCondition,
+    VectorCondition,
+)
 from vqt2i.text.batch import TextBatch
 
 
@@ -97,7 +108,18 @@ class SequenceLayout:
 
     @property
     def reads_text(self) -> bool:
+        """Whether there are text ids."""
+        return isinstance(self.condition, TextCondition | LowResolutionCondition)
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether texts are predicted too: read after an image, and scored."""
         return isinstance(self.condition, TextCondition)
+
+    @property
+    def is_upscaling(self) -> bool:
+        """Whether images are drawn from ones of half the resolution."""
+        return isinstance(self.condition, LowResolutionCondition)
 
     @property
     def eot(self) -> int:
@@ -157,12 +179,17 @@ class SequenceLayout:
         """Length of everything before the first image token in the order text → image."""
         if isinstance(self.condition, VectorCondition):
             return self.condition.n_vectors
-        return self.config.text_length + 3 if self.reads_text else 1
+        return self.config.text_length + 3 + self.low_length if self.reads_text else 1
+
+    @property
+    def low_length(self) -> int:
+        """How many ids of low resolution stand before the image."""
+        return (self.config.grid_height // 2) * (self.config.grid_width // 2) if self.is_upscaling else 0
 
     @property
     def n_text_positions(self) -> int:
         """Length of the text axis: positions on it are below."""
-        return self.config.text_length + 2 if self.reads_text else self.prefix_length
+        return self.config.text_length + 2 + self.is_upscaling if self.reads_text else self.prefix_length
 
     @property
     def length(self) -> int:
@@ -197,6 +224,17 @@ class SequenceLayout:
         positions[..., 0] = (real_BN.long().cumsum(1) - 1).clamp_min(0)
         return Sequences(torch.zeros_like(positions[..., 0]), positions, real_BN, vectors_BND)
 
+    def low_resolution_prefix(self, text: TextBatch, low_BM: Tensor) -> Sequences:
+        """PAD … T2I text EOT, codes of low resolution, BOI: what stands before the image that is drawn from these."""
+        before = self.text_prefix(text)
+        boi = Sequences(*(t[:, -1:] for t in before[:3]))
+        index, width = torch.arange(low_BM.shape[1], device=low_BM.device), self.config.grid_width // 2
+        plane = torch.full_like(index, self.n_text_positions - 1)
+        coordinates = torch.stack((plane, 2 * (index // width) + 1, 2 * (index % width) + 1), dim=-1)
+        real = torch.ones_like(low_BM, dtype=torch.bool)
+        low = Sequences(low_BM + self.first_image_id, coordinates.expand(*low_BM.shape, 3), real)
+        return before.until(-1).then(low).then(boi)
+
     def label_prefix(self, label_B: Tensor) -> Sequences:
         """The id of each label, (B, 1); `n_labels` is the null."""
         ids_B1 = label_B[:, None] + self.first_label_id
@@ -212,10 +250,14 @@ class SequenceLayout:
         positions = coordinates.expand(image_BI.shape[0], n, 3)
         return Sequences(image_BI + self.first_image_id, positions, torch.ones_like(image_BI, dtype=torch.bool))
 
-    def image_index(self, sequences: Sequences) -> Tensor:
-        """Number of each image token in raster order, (B, L), from 0; -1 for what is no image token."""
+    def place_index(self, sequences: Sequences) -> Tensor:
+        """Number of each token's place in the image, in raster order, (B, L), from 0; -1 for what has none."""
         row, column = sequences.positions_BLA[..., 1:].unbind(-1)
         return torch.where(column > 0, (row - 1) * self.config.grid_width + column - 1, -1)
+
+    def image_index(self, sequences: Sequences) -> Tensor:
+        """`place_index` of tokens of the image itself; -1 for those of low resolution too."""
+        return torch.where(sequences.positions_BLA[..., 0] == 0, self.place_index(sequences), -1)
 
     def join(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """text → image, length `length`."""
