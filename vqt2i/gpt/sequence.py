@@ -67,6 +67,10 @@ class Sequences(NamedTuple):
         """The positions before `end`, which is behind all vectors."""
         return Sequences(*(t[:, :end] for t in self[:3]), self.vectors_BND)
 
+    def part(self, start: int, end: int) -> "Sequences":
+        """The positions from `start` to before `end`, all behind vectors."""
+        return Sequences(*(t[:, start:end] for t in self[:3]))
+
     def causal_mask(self) -> Tensor:
         """Bool (B, 1, L, L): a query sees itself and the real positions before it.
 

@@ -114,7 +114,7 @@ class NativeTransformer(nn.Module):
 
     def _forward(self, x_BLD: Tensor, causal: bool, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, length, width = x_BLD.shape
-        config, table_LH = self.config, None if cos_sin is None else torch.cat([t[0, 0] for t in cos_sin], dim=-1)
+        config, table_LH = self.config, None if cos_sin is None else as_table(cos_sin)
         self._reserve(batch * length)
         self._buffers[RESIDUAL][: batch * length] = x_BLD.flatten(0, 1)
         # keys and values of one layer: the next one writes over them
@@ -148,6 +148,28 @@ class NativeTransformer(nn.Module):
         self._call(operations, branches, n_sequences, n_tokens, first, self.cache_format, causal=True,
                    cos_sin_LH=cos_sin_LH, ids_BL=ids_BL.contiguous(), logits_BLV=logits_BLV)  # fmt: skip
         cache.advance(n_tokens)
+
+    def read_on(
+        self,
+        operations: Sequence[Operation],
+        x_BLD: Tensor,
+        cache: BranchedCache,
+        cos_sin: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Append what `x_BLD` embeds to the rows of a cache; hidden states (B, L, D) after the last norm.
+
+        Args:
+            operations: those of `list_operations(keeps=True)`.
+            cos_sin: of the new positions, alike for all rows.
+        """
+        (batch, length, width), first = x_BLD.shape, cache.n_filled
+        self._reserve(batch * length)
+        self._buffers[RESIDUAL][: batch * length] = x_BLD.flatten(0, 1)
+        table_LH = None if cos_sin is None else F.pad(as_table(cos_sin), (0, 0, first, 0))  # by number in the row
+        self._call((Operation * len(operations))(*operations), _as_structures(cache, None), batch, length, first,
+                   self.cache_format, causal=True, cos_sin_LH=table_LH)  # fmt: skip
+        cache.advance(length)
+        return self._buffers[NORMED][: batch * length].view(batch, length, width).clone()
 
     def _call(
         self, operations: ctypes.Array, branches: ctypes.Array, n_sequences: int, n_tokens: int, first: int,
@@ -257,6 +279,11 @@ def pack(weight_OI: Tensor, precision: NativePrecision) -> tuple[Tensor, Tensor 
     weight = F.pad(weight, (0, -weight.shape[1] % PER_WORD[precision], 0, -len(weight) % PANEL))
     words = weight.to(DTYPES[precision]).unflatten(1, (-1, PER_WORD[precision])).unflatten(0, (-1, PANEL))
     return words.permute(0, 2, 1, 3).contiguous(), scale_O
+
+
+def as_table(cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Cosines and sines of positions that are alike in all sequences, side by side, (L, H)."""
+    return torch.cat([t[0, 0] for t in cos_sin], dim=-1)
 
 
 def _as_structures(cache: BranchedCache, n_before: Sequence[Tensor] | None) -> ctypes.Array:
