@@ -131,7 +131,7 @@ def make_gpt() -> Callable[..., GPT]:
         condition: ConditionConfig = TEXT,
         **layout: object,
     ) -> GPT:
-        read = {"n_text_ids": 10, "text_length": 5} if condition is TEXT else {}
+        read = {"n_text_ids": 10, "text_length": 5} if condition.kind in ("text", "low_resolution") else {}
         sizes = read | {"n_image_ids": 6, "grid_height": 3, "grid_width": 2} | layout
         torch.manual_seed(seed)
         config = GPTConfig(

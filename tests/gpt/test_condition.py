@@ -1,4 +1,5 @@
-"""Vectors and labels before an image, as texts are: equal paths, padding that changes nothing, a null condition."""
+"""Vectors, labels and images of low resolution before an image, as texts are: equal paths, padding that changes
+nothing, a null condition."""
 
 from typing import Any
 
@@ -16,19 +17,24 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import (
     GPT,
     Condition,
+    ConditionBatch,
     GPTConfig,
     LabelCondition,
     LayoutConfig,
     LinearProjection,
     LossWeights,
+    LowResolution,
+    LowResolutionCondition,
     MLPProjection,
     VectorCondition,
     Vectors,
     gpt_loss,
 )
+from vqt2i.nn.sparsity import PivotWindowConfig, RowColumnConfig
 from vqt2i.nn.transformer import TransformerConfig
 
 WIDTH = 8
+LOW = {"condition": LowResolutionCondition(), "grid_height": 2, "grid_width": 4}
 EMBEDDING = VectorCondition(width=WIDTH, encoder="c")
 FEATURES = VectorCondition(n_vectors=4, width=WIDTH, projection=MLPProjection(width=12, bias=False), encoder="c")
 KINDS = {
@@ -39,6 +45,12 @@ KINDS = {
     "T5 features, positions of the whole": {"condition": FEATURES, "positions": "sequence"},
     "label": {"condition": LabelCondition(n_labels=3)},
     "unconditional": {"condition": LabelCondition(), "positions": "raster"},
+    "CogView's super-resolution": LOW | {"positions": "sequence"},
+    "low resolution, rotary": LOW,
+    "low resolution, learned positions and padding": LOW | {"positions": "learned", "padding": "learned"},
+    "low resolution, raster positions": LOW | {"positions": "raster"},
+    "low resolution, sparse": LOW | {"sparsity": RowColumnConfig(conv_size=3)},
+    "low resolution, pivots": LOW | {"sparsity": PivotWindowConfig(n_pivots=2, block_size=2, n_blocks=1)},
 }
 GUIDED = SamplingConfig(guidance=3.0)
 
@@ -57,12 +69,19 @@ def conditions(gpt: GPT) -> list[Condition]:
     config = gpt.config.condition
     if isinstance(config, LabelCondition):
         return [0, min(2, config.n_labels), 0, config.n_labels]
+    if isinstance(config, LowResolutionCondition):
+        return [LowResolution(*c) for c in (((7, 8), (5, 0)), ((1, 2, 3, 4), (2, 2)), ((7, 8), (5, 0)), ((), (1, 3)))]
     first = vectors(min(2, config.n_vectors), 0)
     return [first, vectors(config.n_vectors, 1), first, Vectors(config.n_vectors)]
 
 
-def images(n: int) -> Tensor:
-    return torch.randint(6, (n, 6), generator=torch.Generator().manual_seed(0))
+def images(gpt: GPT, n: int) -> Tensor:
+    return torch.randint(6, (n, gpt.layout.image_length), generator=torch.Generator().manual_seed(0))
+
+
+def padded(gpt: GPT, given: list[Condition]) -> ConditionBatch:
+    """A batch as training has it: as long as the longest possible."""
+    return gpt.reader.collate(given, gpt.device, whole=True)
 
 
 def image_logits(gpt: GPT, given: list[Condition], image_BI: Tensor) -> Tensor:
@@ -73,7 +92,8 @@ def image_logits(gpt: GPT, given: list[Condition], image_BI: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_a_row_of_a_batch_has_the_logits_it_has_alone_and_unpadded(make_gpt, kind: dict) -> None:
-    gpt, image_BI = make_gpt(**kind), images(4)
+    gpt = make_gpt(**kind)
+    image_BI = images(gpt, 4)
     given = conditions(gpt)
     together = image_logits(gpt, given, image_BI)
     for row, condition in enumerate(given):
@@ -130,19 +150,21 @@ def test_guidance_of_the_null_changes_nothing_and_0_ignores_the_condition(make_g
 
 @torch.no_grad()
 def test_a_dropped_row_is_the_null(make_gpt, kind: dict) -> None:
-    gpt, image_BI = make_gpt(**kind), images(4)
-    batch = gpt.reader.collate(conditions(gpt), gpt.device)
+    gpt = make_gpt(**kind)
+    image_BI = images(gpt, 4)
+    batch = padded(gpt, conditions(gpt))
     dropped = gpt.reader.dropped(batch, torch.tensor([True, False, True, True]))
     nulls = [gpt.reader.null(c) if at != 1 else c for at, c in enumerate(conditions(gpt))]
     weights = LossWeights()
-    found, expected = (gpt_loss(gpt, b, image_BI, 0, weights) for b in (dropped, gpt.reader.collate(nulls, gpt.device)))
+    found, expected = (gpt_loss(gpt, b, image_BI, 0, weights) for b in (dropped, padded(gpt, nulls)))
     assert torch.equal(found.total, expected.total)
 
 
 @torch.no_grad()
 def test_the_loss_is_that_of_the_image_alone(make_gpt, kind: dict) -> None:
-    gpt, image_BI = make_gpt(**kind), images(4)
-    loss = gpt_loss(gpt, gpt.reader.collate(conditions(gpt), gpt.device), image_BI, 0, LossWeights(image=2.0, z=0.1))
+    gpt = make_gpt(**kind)
+    image_BI = images(gpt, 4)
+    loss = gpt_loss(gpt, padded(gpt, conditions(gpt)), image_BI, 0, LossWeights(image=2.0, z=0.1))
     logits = image_logits(gpt, conditions(gpt), image_BI)
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), image_BI.flatten())
     torch.testing.assert_close(loss.image, nll)
@@ -152,7 +174,7 @@ def test_the_loss_is_that_of_the_image_alone(make_gpt, kind: dict) -> None:
 
 def test_every_weight_learns_but_those_of_other_labels(make_gpt, kind: dict) -> None:
     gpt = make_gpt(**kind)
-    gpt_loss(gpt, gpt.reader.collate(conditions(gpt), gpt.device), images(4), 0, LossWeights()).total.backward()
+    gpt_loss(gpt, padded(gpt, conditions(gpt)), images(gpt, 4), 0, LossWeights()).total.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gpt.parameters())
 
 
@@ -177,7 +199,7 @@ def test_what_is_saved_and_loaded_is_the_same(make_gpt, kind: dict, tmp_path) ->
     loaded = load_model(tmp_path / "gpt", GPTConfig, GPT)
     assert loaded.config == gpt.config
     given = conditions(gpt)
-    assert torch.equal(image_logits(loaded, given, images(4)), image_logits(gpt, given, images(4)))
+    assert torch.equal(image_logits(loaded, given, images(gpt, 4)), image_logits(gpt, given, images(gpt, 4)))
 
 
 def test_there_are_no_more_ids_than_of_images_and_labels(make_gpt) -> None:
@@ -196,9 +218,16 @@ def test_there_are_no_more_ids_than_of_images_and_labels(make_gpt) -> None:
         ({}, {}, "condition text: found layout.n_text_ids 0, layout.text_length 0, text_tokenizer None"),
         ({}, {"condition": EMBEDDING, "text_tokenizer": "t"}, "found text_tokenizer t"),
         ({"padding": "learned"}, {"condition": EMBEDDING}, "found learned padding"),
+        ({}, {"condition": LOW["condition"]}, "condition low_resolution: found layout.n_text_ids 0"),
     ],
 )
 def test_sizes_of_texts_belong_to_texts_only(layout: dict, values: dict, told: str) -> None:
     sizes = LayoutConfig(n_image_ids=6, grid_height=3, grid_width=2, **layout)
     with pytest.raises(ValidationError, match=told):
         GPTConfig(transformer=TransformerConfig(), layout=sizes, image_tokenizer="i", **values)
+
+
+def test_low_resolution_needs_a_grid_with_a_half_and_reads_its_text_first(make_gpt) -> None:
+    for sizes in ({"grid_height": 3}, {"grid_width": 3}, {"null": "image_first"}):
+        with pytest.raises(ValidationError, match="expected even sides, and empty_text"):
+            make_gpt(**LOW | sizes)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqt2i.gpt import LayoutConfig, SequenceLayout
+from vqt2i.gpt import LayoutConfig, LowResolutionCondition, SequenceLayout
 from vqt2i.text import pad_texts
 
 LAYOUT = SequenceLayout(LayoutConfig(n_text_ids=10, n_image_ids=6, text_length=3, grid_height=2, grid_width=2))
@@ -30,6 +30,25 @@ def test_text_to_image_by_hand() -> None:
     image_positions = [[0, 1, 1], [0, 1, 2], [0, 2, 1], [0, 2, 2]]
     text_axis = [[0, 0, 1, 2, 3, 0], [0, 0, 0, 0, 1, 0], [0, 1, 2, 3, 4, 0]]
     assert sequences.positions_BLA.tolist() == [[[k, 0, 0] for k in row] + image_positions for row in text_axis]
+
+
+def test_low_resolution_to_image_by_hand() -> None:
+    config = LAYOUT.config.model_copy(update={"grid_width": 4})
+    layout = SequenceLayout(config, LowResolutionCondition())
+    assert (layout.low_length, layout.prefix_length, layout.length, layout.n_ids) == (2, 8, 16, LAYOUT.n_ids)
+    low = torch.tensor([[4, 0], [1, 1], [5, 3]])
+    prefix = layout.low_resolution_prefix(TEXT, low)
+    assert prefix.ids_BL.tolist() == [
+        [PAD, T2I, 7, 8, EOT, 15, 11, BOI],
+        [PAD, PAD, PAD, T2I, EOT, 12, 12, BOI],
+        [T2I, 1, 2, 3, EOT, 16, 14, BOI],
+    ]
+    assert prefix.real_BL.tolist() == [[0] + [1] * 7, [0] * 3 + [1] * 5, [1] * 8]
+    # behind the last place of the text axis (EOT of three ids is at 4), each where the first of its four ids stands
+    assert prefix.positions_BLA[:, 5:].tolist() == [[[5, 1, 1], [5, 1, 3], [0, 0, 0]]] * 3
+    whole = prefix.then(layout.image_part(torch.zeros(3, 8, dtype=torch.long)))
+    assert layout.image_index(whole).tolist() == [[-1] * 8 + list(range(8))] * 3
+    assert layout.place_index(whole).tolist() == [[-1] * 5 + [0, 2, -1] + list(range(8))] * 3
 
 
 def test_image_to_text_by_hand() -> None:

@@ -63,11 +63,11 @@ class GPTConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _grids_have_halves(self) -> GPTConfig:
+    def _what_is_drawn_from_its_half_has_one(self) -> GPTConfig:
         height, width = self.layout.grid_height, self.layout.grid_width
-        if self.sequence_layout.is_upscaling and (height % 2 or width % 2):
-            raise ValueError(f"condition low_resolution: a grid of {height} x {width} ids has no half; expected even "
-                             "sides")  # fmt: skip
+        if self.sequence_layout.is_upscaling and (height % 2 or width % 2 or self.layout.null == "image_first"):
+            raise ValueError(f"condition low_resolution: found a grid of {height} x {width} ids, null "
+                             f"{self.layout.null}; expected even sides, and empty_text")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -212,9 +212,7 @@ class GPT(nn.Module):
         """
         x_BLD, cos_sin = self.embed(prefix)
         cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], x_BLD.device, self.cached_dtype)
-        hidden = self.transformer(
-            x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache
-        )
+        hidden = self.transformer(x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache)
         if x_BLD.device.type == "cpu":  # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
             cache.kv = cache.kv.float()
         score = self.text_logits if reversed_order else self.image_logits

@@ -126,7 +126,7 @@ class SequenceLayout:
     @property
     def reads_text(self) -> bool:
         """Whether there are text ids."""
-        return isinstance(self.condition, TextCondition | LowResolutionCondition)
+        return self.predicts_text or self.is_upscaling
 
     @property
     def predicts_text(self) -> bool:
