@@ -3,6 +3,7 @@
 All are made from fixed seeds once per session, in a temporary folder, and nobody changes them.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from vqt2i.checkpoint import load_model, save_model
+from vqt2i.checkpoint import CONFIG, load_model, save_model
 from vqt2i.clip import CLIP, CLIPConfig
-from vqt2i.config import save_config
+from vqt2i.config import load_config, save_config
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.generation.parts import PIPELINE, PipelineConfig
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, ConditionConfig, GPTConfig, LayoutConfig, TextCondition
+from vqt2i.gpt import GPT, ConditionConfig, GPTConfig, LayoutConfig, LowResolutionCondition, TextCondition
 from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, RowColumnConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextTokenizer
@@ -105,6 +106,20 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory, tiny_text: TextToken
     save_model(folder / "clip", CLIP(clip_config), clip_config, {"kind": "clip"})
     sampling = SamplingConfig(guidance=2.0)
     save_config(PipelineConfig(sampling=sampling, example_prompts=("a red square",)), folder / PIPELINE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def upscaler_folder(tmp_path_factory: pytest.TempPathFactory, model_folders: Path) -> Path:
+    """A pipeline folder of an untrained GPT that upscales, with the tokenizers of `model_folders`."""
+    folder = tmp_path_factory.mktemp("models") / "upscaler"
+    for part in ("text", "vq"):
+        shutil.copytree(model_folders / part, folder / part)
+    of_texts = load_config(GPTConfig, model_folders / "gpt" / CONFIG)
+    config = of_texts.model_copy(update={"condition": LowResolutionCondition()})
+    torch.manual_seed(1)
+    save_model(folder / "gpt", GPT(config), config, {"kind": "upscaler"})
+    save_config(PipelineConfig(sampling=SamplingConfig(guidance=1.0)), folder / PIPELINE)
     return folder
 
 

@@ -24,6 +24,7 @@ VERBS = (
     "export",
     "generate",
     "edit",
+    "upscale",
     "caption",
     "evaluate",
     "diagnose",

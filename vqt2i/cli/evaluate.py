@@ -1,7 +1,8 @@
 """Measure a model trained on the shapes: how often do its pictures show what the prompt says?
 
 The oracle reads each picture back into its objects, without a trained model. With --captions: how often is what the
-model says of a picture true?
+model says of a picture true? With --upscaling: how near do pictures that a model for super-resolution draws come to
+real ones of twice the size?
 """
 
 import argparse
@@ -19,11 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
     parser.add_argument("--captions", action="store_true", help="judge captions of rendered scenes that no training "
                         "has seen, instead of pictures of prompts")  # fmt: skip
+    parser.add_argument("--upscaling", type=Path, metavar="DATA", help="judge how pictures of a data set's val split, "
+                        "halved, are drawn in their size again, beside bicubic interpolation; --model is a run for "
+                        "super-resolution")  # fmt: skip
+    parser.add_argument("--no-text", action="store_true", help="with --upscaling: give the model no captions")
     parser.add_argument("--kinds", help="of prompts, from single_seen, single_unseen, two_seen, two_unseen, three "
                         "(default: single_unseen,two_unseen); of scenes to caption, three_seen and three_unseen too "
                         "(default: single_seen,single_unseen)")  # fmt: skip
     parser.add_argument("--n-prompts", type=int, default=100, help="prompts of each kind, half English, half Chinese, "
-                        "or scenes (default: 100)")  # fmt: skip
+                        "or scenes, or pictures to upscale (default: 100)")  # fmt: skip
     parser.add_argument("--rerank", type=int, default=16, metavar="K", help="candidates per prompt (default: 16)")
     add_sampling_arguments(parser)
     add_engine_arguments(parser)
@@ -41,6 +46,9 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.generation.find import open_pipeline
     from vqt2i.runtime import counter
 
+    if args.upscaling:
+        _run_upscaling(args)
+        return
     pipeline = open_pipeline(args.model, args.runs, engine=args.engine, precision=args.precision)
     if args.captions:
         _run_captions(args, pipeline)
@@ -84,3 +92,32 @@ def _run_captions(args: argparse.Namespace, pipeline: "TextToImage") -> None:
         facts = dataclasses.asdict(protocol) | {"how": protocol.how.model_dump()}
         accuracies = {kind: dataclasses.asdict(found) for kind, found in results.items()}
         write_json(args.out, {"protocol": facts, "models": pipeline.fingerprints, "captions": accuracies})
+
+
+def _run_upscaling(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from vqt2i.cli.options import sampling_from
+    from vqt2i.data.shards import DataSet
+    from vqt2i.errors import PromptError
+    from vqt2i.evaluation.upscaling import UpscalingProtocol, measure_upscaling
+    from vqt2i.files import write_json
+    from vqt2i.generation.find import open_upscaler
+    from vqt2i.runtime import counter
+
+    if args.n_prompts < 1:
+        raise PromptError(f"--n-prompts {args.n_prompts}: expected 1 or more")
+    split = DataSet.open(args.upscaling).split("val")
+    pipeline = open_upscaler(args.model, args.runs, engine=args.engine, precision=args.precision)
+    sampling = sampling_from(args, pipeline.config.sampling)
+    protocol = UpscalingProtocol(args.n_prompts, args.seed, sampling, captioned=not args.no_text)
+    with counter("drawing", min(args.n_prompts, len(split)), unit="pictures") as on_progress:
+        results = measure_upscaling(pipeline, split, protocol, on_progress)
+    for way, found in results.items():
+        shares = {"same ids": found.same_ids, "right": found.right}
+        told = "".join(f"  {name} {share:.1%}" for name, share in shares.items() if share is not None)
+        print(f"{way:18} PSNR {found.psnr:.2f} dB  SSIM {found.ssim:.3f}  sharpness {found.sharpness:.2f}{told}")
+    if args.out:
+        facts = dataclasses.asdict(protocol) | {"sampling": sampling.model_dump(), "data": str(args.upscaling)}
+        nearness = {way: dataclasses.asdict(found) for way, found in results.items()}
+        write_json(args.out, {"protocol": facts, "models": pipeline.fingerprints, "upscaling": nearness})

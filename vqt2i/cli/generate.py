@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", metavar="TEXT", help="guidance leads away from this (default: from no text)")
     parser.add_argument("--mix", nargs=2, metavar=("TEXT", "SHARE"), help="mix each prompt with another text, which "
                         "gets this share, between 0 and 1, of the say")  # fmt: skip
+    parser.add_argument("--upscale", metavar="DIR", help="draw the pictures that are kept in twice their height and "
+                        "width, by this run for super-resolution (configs/gpt/superres_tiny.yaml) or pipeline "
+                        "folder")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default: 0)")
     parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
@@ -63,8 +66,9 @@ def _draw(args: argparse.Namespace) -> None:
     """One process's part; alone it is all of it."""
     from contextlib import nullcontext
 
+    from vqt2i.checkpoint import require_same
     from vqt2i.cli.options import placement_from, sampling_from
-    from vqt2i.generation.find import open_pipeline
+    from vqt2i.generation.find import open_pipeline, open_upscaler
     from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder, set_aside, write_group
     from vqt2i.generation.prompts import Picture, prompt_name, read_prompts
     from vqt2i.generation.samples import Mix
@@ -79,6 +83,7 @@ def _draw(args: argparse.Namespace) -> None:
     pipeline = open_pipeline(args.model, args.runs, **placement)
     if args.grid:
         pipeline = pipeline.with_grid(*args.grid)
+    upscaler = open_upscaler(args.upscale, args.runs, **placement) if args.upscale else None
     sampling = sampling_from(args, pipeline.config.sampling)
     negative, mix = args.negative and clean_text(args.negative), args.mix and Mix(clean_text(args.mix[0]), _share(args))
     examples = () if pictures else pipeline.config.example_prompts or [""]
@@ -88,8 +93,12 @@ def _draw(args: argparse.Namespace) -> None:
         **sampling.model_dump(), "negative": negative, "mix": mix, "rerank": args.rerank, "scorer": scorer,
         "seed": args.seed, "precision": pipeline.engine.precision, "grid": args.grid,
     }  # fmt: skip
-    n = args.n or min(4, args.rerank or 4)
-    request = Request([prompt_name(prompt) for prompt in prompts], n, settings, pipeline.fingerprints)
+    n, models = args.n or min(4, args.rerank or 4), pipeline.fingerprints
+    if upscaler:
+        require_same("image tokenizer", args.upscale, found=models["vq"], expected=upscaler.fingerprints["vq"],
+                     hint="upscale with one that was trained on this tokenizer's ids")  # fmt: skip
+        models |= {"upscaler": upscaler.fingerprints["gpt"]}
+    request = Request([prompt_name(prompt) for prompt in prompts], n, settings, models)
 
     outputs: OutputFolder | None = None
 
@@ -122,6 +131,9 @@ def _draw(args: argparse.Namespace) -> None:
         ):
             for group in groups:
                 tally.look()  # before the last group is there, and with it the end of the first process
+                if upscaler:
+                    text = None if isinstance(prompts[group[0].prompt_index], str) else ""
+                    group = [*upscaler.upscale(group[:n], text, seed=args.seed), *group[n:]]
                 if outputs:
                     outputs.write(group)
                 else:

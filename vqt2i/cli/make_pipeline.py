@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.generation.find import find_parts, write_pipeline
     from vqt2i.generation.parts import PipelineConfig
 
-    folders, config = find_parts(args.model, args.runs)
+    folders, config = find_parts(args.model, args.runs, ("gpt", "upscaler"))
     prompts = tuple(args.prompts) or config.example_prompts
     config = PipelineConfig(sampling=sampling_from(args, config.sampling), example_prompts=prompts)
     write_pipeline(folders, config, args.out, args.dtype)

@@ -5,8 +5,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from vqt2i.errors import DataError
 
 GREY = 128  # what is shown where a picture has nothing yet
 
@@ -28,6 +31,11 @@ def to_uint8(x_3HW: Tensor) -> np.ndarray:
     return x.movedim(-3, -1).contiguous().cpu().numpy()
 
 
+def halved(x_B3HW: Tensor) -> Tensor:
+    """Images of half the height and width: the means of 2 x 2 pixels."""
+    return F.avg_pool2d(x_B3HW, 2)
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """The image as the content of a PNG file."""
     buffer = BytesIO()
@@ -40,6 +48,15 @@ def fit_square(image_HW3: np.ndarray, size_px: int) -> np.ndarray:
     if image_HW3.shape[:2] == (size_px, size_px):
         return image_HW3
     return _resampled(image_HW3, size_px, 1.0, 0, 0)
+
+
+def require_side(image_HW3: np.ndarray, side_px: int, name: str) -> None:
+    """Raises DataError for an image with a shorter side: made larger, it would show nothing of that size."""
+    height, width = image_HW3.shape[:2]
+    if min(height, width) < side_px:
+        raise DataError(f"{name}: {width} x {height} pixels; super-resolution learns from pictures of {side_px} x "
+                        f"{side_px} and more: make the data set of larger ones, without smaller ones (make_dataset "
+                        "--size, --min-side)")  # fmt: skip
 
 
 def n_variants(variants: Variants) -> int:

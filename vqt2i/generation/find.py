@@ -15,9 +15,12 @@ from vqt2i.files import new_folder, write_atomic
 from vqt2i.generation.parts import PARTS, PIPELINE, PipelineConfig, pipeline_folders
 from vqt2i.generation.pipeline import TextToImage
 from vqt2i.generation.reading import reads_embeddings
+from vqt2i.generation.upscale import require_upscaler
 from vqt2i.runtime import say
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
+Kind = Literal["gpt", "upscaler"]  # that cards name; what draws from prompts, and what from smaller pictures
+_KINDS: dict[Kind, str] = {"gpt": "a GPT run", "upscaler": "a run for super-resolution"}
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 DEFAULT_SHIPPED = "shapes"
 
@@ -41,7 +44,7 @@ def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP | HuggingFa
 
 
 def trained_models(runs: Path) -> dict[str, list[Path]]:
-    """Model folders of the runs by kind ("vqgan", "gpt", "clip"), newest first."""
+    """Model folders of the runs by kind ("vqgan", "gpt", "upscaler", "clip"), newest first."""
     found: dict[str, list[Path]] = {}
     cards = sorted(runs.glob(f"*/model/{CARD}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for card in cards:
@@ -55,18 +58,19 @@ def trained_models(runs: Path) -> dict[str, list[Path]]:
     return found
 
 
-def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
+def trained_parts(gpt_folder: Path, runs: Path, kinds: tuple[Kind, ...] = ("gpt",)) -> dict[str, Path | None]:
     """The parts that belong with a trained GPT: its tokenizers by fingerprint, the newest scorer for its text.
 
     The scorer of a GPT that reads embeddings is the one that made them.
 
     Raises:
-        CheckpointError: no GPT, or a part that its card names is gone.
+        CheckpointError: no GPT of one of these kinds, or a part that its card names is gone.
     """
     card = read_card(gpt_folder)
     kind = card.get("kind")
-    if kind != "gpt":
-        raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or a GPT run")
+    if kind not in kinds:
+        expected = " or ".join(_KINDS[kind] for kind in kinds)
+        raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or {expected}")
     models = trained_models(runs)
     vq = _by_fingerprint("image tokenizer", models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
     text = Path(card["text_tokenizer"]["path"])
@@ -80,20 +84,26 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
     return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": scorers[0] if scorers else None}
 
 
-def find_parts(model: str | None, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
+def find_parts(
+    model: str | None, runs: Path, kinds: tuple[Kind, ...] = ("gpt",)
+) -> tuple[dict[str, Path | None], PipelineConfig]:
     """The folders of a pipeline's parts and its defaults; says which.
 
     Args:
-        model: a shipped pipeline's name, a pipeline folder, or a GPT run; None is the newest GPT trained in `runs`,
-            else the shipped pipeline.
+        model: a shipped pipeline's name, a pipeline folder, or a GPT run; None is the newest GPT of the first of
+            `kinds` trained in `runs`, else the shipped pipeline, which has a "gpt".
+        kinds: what a run may have trained.
 
     Raises:
         CheckpointError: nothing of this name, or a part is gone.
     """
     if model is None:
-        trained = trained_models(runs).get("gpt", [])
+        trained = trained_models(runs).get(kinds[0], [])
         if trained:
-            return _trained_pipeline(trained[0], runs)
+            return _trained_pipeline(trained[0], runs, kinds)
+        if kinds[0] == "upscaler":
+            raise CheckpointError(f"{runs}: no run for super-resolution in it, and none is shipped; train one "
+                                  "(configs/gpt/superres_tiny.yaml), or name a folder")  # fmt: skip
         folder = SHIPPED / DEFAULT_SHIPPED
         say(f"pipeline: {DEFAULT_SHIPPED} (shipped; none trained in {runs} yet)")
     elif (SHIPPED / model / PIPELINE).is_file() and not Path(model).exists():
@@ -105,7 +115,7 @@ def find_parts(model: str | None, runs: Path) -> tuple[dict[str, Path | None], P
             shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{PIPELINE}"))) or "none"
             raise CheckpointError(f"{model}: no such folder, and no shipped pipeline of this name (shipped: {shipped})")
         if not (folder / PIPELINE).is_file():
-            return _trained_pipeline(folder / "model" if (folder / "model").is_dir() else folder, runs)
+            return _trained_pipeline(folder / "model" if (folder / "model").is_dir() else folder, runs, kinds)
         say(f"pipeline: {folder}")
     return pipeline_folders(folder), load_config(PipelineConfig, folder / PIPELINE)
 
@@ -115,8 +125,21 @@ def open_pipeline(model: str | None, runs: Path, device: str = "auto", **placeme
     return TextToImage.from_parts(*find_parts(model, runs), device, **placement)
 
 
-def _trained_pipeline(gpt_folder: Path, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
-    parts = trained_parts(gpt_folder, runs)
+def open_upscaler(model: str | None, runs: Path, device: str = "auto", **placement: Any) -> TextToImage:
+    """As `open_pipeline`, for super-resolution: what has `TextToImage.upscale`.
+
+    Raises:
+        CheckpointError: nothing of this name, nothing that upscales, or a part is gone.
+    """
+    pipeline = TextToImage.from_parts(*find_parts(model, runs, ("upscaler",)), device, **placement)
+    require_upscaler(pipeline.gpt)
+    return pipeline
+
+
+def _trained_pipeline(
+    gpt_folder: Path, runs: Path, kinds: tuple[Kind, ...]
+) -> tuple[dict[str, Path | None], PipelineConfig]:
+    parts = trained_parts(gpt_folder, runs, kinds)
     say("pipeline: " + ", ".join(f"{part} {parts[part] or 'none'}" for part in PARTS))
     return parts, _defaults(gpt_folder)
 

@@ -243,6 +243,15 @@ def write_picture(path: Path, sample: Sample, request: Request) -> None:
     sample.image.save(path, pnginfo=info)
 
 
+def read_prompt(path: Path) -> str:
+    """The prompt of a picture that `write_picture` wrote; of other files the empty one."""
+    try:
+        with Image.open(path) as picture:
+            return str(json.loads(picture.text["vqt2i"])["prompt"])
+    except (OSError, AttributeError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def labelled_grid(folder: Path, records: Sequence[dict[str, Any]]) -> Image.Image:
     """For each line of scores its prompt, below it its kept pictures (enlarged without smoothing), their scores.
 

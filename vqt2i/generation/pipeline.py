@@ -4,6 +4,7 @@ import copy
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,7 +22,7 @@ from vqt2i.errors import PromptError, ResourceError
 from vqt2i.generation.batches import Packer
 from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption, caption_images, require_reads_images
 from vqt2i.generation.decode import Job, decode_image_ids
-from vqt2i.generation.edit import Change, Paste, Vary, fit_grid, fix_kept, open_canvas, paste, varied_cells
+from vqt2i.generation.edit import Change, Paste, Vary, fit_grid, fix_kept, open_canvas, paste, pixels_of, varied_cells
 from vqt2i.generation.engine import Engine, EngineName, PrecisionName
 from vqt2i.generation.memory import (
     FINISHED_AT_ONCE,
@@ -40,6 +41,7 @@ from vqt2i.generation.rerank import EditScorer, Scorer, caption_scores, combine,
 from vqt2i.generation.rows import Mixed
 from vqt2i.generation.samples import Mix, Preview, Sample
 from vqt2i.generation.sampling import SamplingConfig
+from vqt2i.generation.upscale import Small, require_upscalable, require_upscaler, upscale_ids
 from vqt2i.gpt import GPT, Condition
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text
@@ -293,25 +295,32 @@ class TextToImage:
     def _beside(
         self, negative: str | None, mix: Mix | None, sampling: SamplingConfig
     ) -> tuple[Condition | None, Mixed | None]:
-        led_from = self._whole("negative prompt", negative) if negative else None
-        if led_from and not sampling.guided_tokens(self.gpt.layout.image_length):
-            start, end = sampling.guidance_interval
-            raise PromptError(f"negative prompt {negative[:40]!r}: guidance {sampling.guidance:g} from {start:g} to "
-                              f"{end:g} of an image acts on no token, so nothing would read it; expected a guidance "
-                              "other than 1")  # fmt: skip
+        read = self._reader.condition
+        for text in filter(None, (negative, mix and mix.text)):
+            self._reader.require_readable(clean_text(text))
+        led_from = read(self._negative(negative, sampling)) if negative else None
         if mix and not 0 < mix.share < 1:
             raise PromptError(f"share of {mix.text[:40]!r}: found {mix.share:g}, expected more than 0 and less than 1")
-        return led_from, Mixed(self._whole("mixed-in text", mix.text), mix.share) if mix else None
+        return led_from, Mixed(read(self._whole("mixed-in text", mix.text)), mix.share) if mix else None
 
-    def _whole(self, what: str, text: str) -> Condition:
-        """What is read of a text that all prompts share, which is worth a complaint where it is too long."""
+    def _negative(self, text: str, sampling: SamplingConfig) -> str:
+        """A negative prompt as it is read. Raises PromptError where nothing would read all of it."""
+        whole = self._whole("negative prompt", text)
+        if not sampling.guided_tokens(self.gpt.layout.image_length):
+            start, end = sampling.guidance_interval
+            raise PromptError(f"negative prompt {text[:40]!r}: guidance {sampling.guidance:g} from {start:g} to "
+                              f"{end:g} of an image acts on no token, so nothing would read it; expected a guidance "
+                              "other than 1")  # fmt: skip
+        return whole
+
+    def _whole(self, what: str, text: str) -> str:
+        """A text that all prompts share, as it is read, which is worth a complaint where it is too long."""
         text, reader = clean_text(text), self._reader
-        reader.require_readable(text)
         if n_unread := reader.n_unread(text):
             limit = reader.most_ids
             raise PromptError(f"{what} {text[:40]!r}: {limit + n_unread} ids, the model reads {limit}; expected a "
                               "shorter one")  # fmt: skip
-        return reader.condition(text)
+        return text
 
     def _budget(self, asked: _Asked) -> Budget:
         scorer = asked.scorer
@@ -510,6 +519,69 @@ class TextToImage:
         other.gpt = self.gpt.with_grid(rows, columns * self.vq.config.quantizer.ids_per_cell)
         return other
 
+    def upscale(
+        self,
+        pictures: Sequence[Sample | Image.Image | np.ndarray],
+        prompts: str | Sequence[str] | None = None,
+        *,
+        n: int = 1,
+        sampling: SamplingConfig | None = None,
+        negative: str | None = None,
+        seed: int = 0,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> list[Sample]:
+        """`n` pictures of twice the height and width of each, picture by picture, by a GPT for super-resolution.
+
+        Each depends on its picture, prompt and indices, and the seed; not on what is drawn beside it.
+
+        Args:
+            pictures: samples, of a pipeline that has the same image tokenizer, are drawn from their own ids, and keep
+                their indices and scores. Images have sides that a cell divides, no smaller than what a window is drawn
+                from; uint8 (height, width, 3) or Pillow's.
+            prompts: what they show, one for all or one for each; None is a sample's own, and for images the empty one.
+            on_progress: called after each step with how much was drawn in it, in pictures.
+
+        Raises:
+            DataError: not a picture, or one of other sides.
+            PromptError: numbers out of range, another number of prompts than of pictures, a negative prompt that could
+                not be read to its end or by nothing, or a GPT that does not upscale.
+        """
+        require_upscaler(self.gpt)
+        n, sampling = n_candidates(n, None), sampling or self.config.sampling
+        led_from = tuple(self.text.encode(self._negative(negative, sampling))) if negative else None
+        texts = [prompts] * len(pictures) if prompts is None or isinstance(prompts, str) else prompts
+        if len(texts) != len(pictures):
+            raise PromptError(f"{len(texts)} prompts for {len(pictures)} pictures: expected one for all or for each")
+        given = [self._given(picture, at, texts[at]) for at, picture in enumerate(pictures)]
+        wanted = [replace(s, image_index=n * s.image_index + i, seed=seed) for s in given for i in range(n)]
+        ids = upscale_ids(
+            self.engine.gpt(self.gpt), [self._small(sample, led_from) for sample in wanted], sampling, seed,
+            ids_per_cell=self.vq.config.quantizer.ids_per_cell, start=self.engine.start(self.gpt, len(wanted)),
+            on_progress=on_progress,
+        )  # fmt: skip
+        with self._at_work(self.vq):
+            return [
+                replace(s, image_HW3=to_uint8(self._decode(ids_HW[None], 1))[0], image_ids_HW=ids_HW.numpy())
+                for s, ids_HW in zip(wanted, ids, strict=True)
+            ]
+
+    def _given(self, picture: Sample | Image.Image | np.ndarray, index: int, prompt: str | None) -> Sample:
+        """A picture that is to be drawn larger, with its ids."""
+        cell_px, per_cell = self.vq.config.downsample, self.vq.config.quantizer.ids_per_cell
+        if isinstance(picture, Sample):
+            rows, columns = picture.image_ids_HW.shape
+            require_upscalable(rows * cell_px, columns // per_cell * cell_px, self.gpt, self.vq)
+            return picture if prompt is None else replace(picture, prompt=clean_text(prompt))
+        image_HW3, prompt = pixels_of(picture), clean_text(prompt or "")
+        require_upscalable(*image_HW3.shape[:2], self.gpt, self.vq)
+        ids_HW = self._encode_cells(image_HW3).numpy()
+        return Sample(prompt, index, 0, 0, image_HW3, ids_HW, self._reader.n_unread(prompt))
+
+    def _small(self, sample: Sample, negative: tuple[int, ...] | None) -> Small:
+        text = tuple(self.text.encode(sample.prompt))
+        ids_HW = torch.from_numpy(sample.image_ids_HW)
+        return Small(ids_HW, text, sample.prompt_index, sample.image_index, negative)
+
     def edit(
         self,
         image: Image.Image | np.ndarray,
@@ -580,15 +652,17 @@ class TextToImage:
         ]  # fmt: skip
         return sorted(samples, key=lambda s: -s.scores[scorer])[:n] if rerank else samples
 
-    @torch.inference_mode()
     def _encode(self, image_HW3: np.ndarray) -> Tensor:
         """The ids of a picture of the shape of the GPT's grid, (grid height, grid width) on the CPU."""
         layout, vq = self.gpt.layout.config, self.vq.config
-        fitted_HW3 = fit_grid(
-            image_HW3, layout.grid_height, layout.grid_width // vq.quantizer.ids_per_cell, vq.downsample
-        )
+        columns = layout.grid_width // vq.quantizer.ids_per_cell
+        return self._encode_cells(fit_grid(image_HW3, layout.grid_height, columns, vq.downsample))
+
+    @torch.inference_mode()
+    def _encode_cells(self, image_HW3: np.ndarray) -> Tensor:
+        """The ids of a picture that is made of whole cells, (rows, columns of ids) on the CPU."""
         with self._at_work(self.vq):
-            return self.vq.encode(to_tensor(fitted_HW3)[None].to(self.gpt.device))[0].cpu()
+            return self.vq.encode(to_tensor(image_HW3)[None].to(self.gpt.device))[0].cpu()
 
     def _score_edits(
         self, scorer: EditScorer, image_B3HW: Tensor, ids_BHW: Tensor, prompt: Prompt

@@ -38,6 +38,9 @@ class PromptReader:
         if isinstance(prompt, Picture) and not reads_embeddings(self.gpt):
             raise PromptError(f"picture {prompt.name}: this GPT reads a {condition.kind}; variations need one that "
                               "reads embeddings, as configs/gpt/clip_gen_tiny.yaml trains it")  # fmt: skip
+        if self.gpt.layout.is_upscaling:
+            raise PromptError("this GPT draws pictures from ones of half their size, not from texts alone; use "
+                              "tools/upscale.py, or --upscale of tools/generate.py")  # fmt: skip
         if isinstance(condition, LabelCondition):
             labels = [str(label) for label in range(condition.n_labels)] or [""]
             if prompt not in labels:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vqt2i.data.images import Variants, fit_variant, n_variants, to_tensor
+from vqt2i.data.images import Variants, fit_variant, n_variants, require_side, to_tensor
 from vqt2i.data.sampling import LaneSampler, StepSampler, Visits, draw
 from vqt2i.data.shards import Split
 from vqt2i.data.store import TokenSplit
@@ -26,7 +26,9 @@ class Batch(NamedTuple):
     """Samples together: images, float (B, 3, H, W) in [-1, 1], or their codes, long (B, H, W); one caption of each.
 
     `text` is None where texts were not asked for; `chance_B` in [0, 1) draws the dropped conditions. `embedding_BE` is
-    the image's by a scorer, where the store has it.
+    the image's by a scorer, where the store has it. For super-resolution `low_ids` are the codes of the image at half
+    its size, long (B, H / 2, W / 2), where the store has them, and `place_B2` in [0, 1) draws the window's place: row,
+    column.
     """
 
     image: Tensor | None
@@ -34,6 +36,8 @@ class Batch(NamedTuple):
     text: TextBatch | None
     chance_B: Tensor
     embedding_BE: Tensor | None = None
+    low_ids: Tensor | None = None
+    place_B2: Tensor | None = None
 
 
 class SampleSource(Protocol):
@@ -52,7 +56,7 @@ class ImageSamples:
     """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language.
 
     A stream is for training only: it has no length. bpe_dropout: of merges of a caption, drawn anew at each visit where
-    batches are augmented.
+    batches are augmented. windowed: for super-resolution: smaller pictures are refused, and places of windows drawn.
     """
 
     split: Split | Stream
@@ -61,6 +65,7 @@ class ImageSamples:
     seed: int
     variants: Variants = "centre"
     bpe_dropout: float = 0.0
+    windowed: bool = False
 
     def __len__(self) -> int:
         return len(self.split)
@@ -71,6 +76,8 @@ class ImageSamples:
         images, texts = [], []
         for index, u, variant in zip(visits.index_B.tolist(), caption_draw_B.tolist(), variant_B.tolist(), strict=True):
             pair = self.split[index]
+            if self.windowed:
+                require_side(pair.image_HW3, self.size_px, pair.key)
             images.append(fit_variant(pair.image_HW3, self.size_px, self.variants, variant))
             captions = [c for captions in pair.captions.values() for c in captions] if self.tokenizer else []
             texts.append(captions[int(u * len(captions))] if captions else "")
@@ -78,7 +85,8 @@ class ImageSamples:
         if text_length is not None:
             dropout = self.bpe_dropout if augment else 0.0
             text = pad_texts(_encoded(self.tokenizer, texts, dropout, self.seed, visits), text_length)
-        return Batch(to_tensor(np.stack(images)), None, text, _chances(self.seed, visits))
+        place_B2 = _places(self.seed, visits) if self.windowed else None
+        return Batch(to_tensor(np.stack(images)), None, text, _chances(self.seed, visits), place_B2=place_B2)
 
 
 class TokenSamples:
@@ -107,7 +115,11 @@ class TokenSamples:
             text = TextBatch(*map(torch.from_numpy, self.split.texts(visits.index_B, caption_draw_B, text_length)))
         embeddings = self.split.embeddings(visits.index_B, variant_B)
         embedding_BE = None if embeddings is None else torch.from_numpy(embeddings)
-        return Batch(None, image_ids, text, _chances(self.seed, visits), embedding_BE)
+        batch = Batch(None, image_ids, text, _chances(self.seed, visits), embedding_BE)
+        low_ids = self.split.low_ids(visits.index_B, variant_B)
+        if low_ids is None:
+            return batch
+        return batch._replace(low_ids=torch.from_numpy(low_ids), place_B2=_places(self.seed, visits))
 
 
 def _encoded(tokenizer: TextTokenizer, texts: list[str], dropout: float, seed: int, visits: Visits) -> list[list[int]]:
@@ -123,6 +135,11 @@ def _variants(n: int, seed: int, visits: Visits) -> np.ndarray:
 
 def _chances(seed: int, visits: Visits) -> Tensor:
     return torch.from_numpy(draw("chance", seed, visits))
+
+
+def _places(seed: int, visits: Visits) -> Tensor:
+    rows_and_columns = [draw(f"window {axis}", seed, visits) for axis in ("row", "column")]
+    return torch.from_numpy(np.stack(rows_and_columns, axis=1))
 
 
 class BatchLoader(DataLoader):

@@ -1,6 +1,7 @@
-"""What a GPT is trained to read before an image: its caption, its embedding by a scorer, or nothing.
+"""What a GPT is trained to read before an image: its caption, its embedding by a scorer, its caption and half its
+resolution, or nothing.
 
-B batch, E embedding width
+B batch, E embedding width, H W grid
 """
 
 from pathlib import Path
@@ -22,6 +23,8 @@ from vqt2i.gpt import (
     ConditionConfig,
     LabelCondition,
     LinearProjection,
+    LowResolutionBatch,
+    LowResolutionCondition,
     Projection,
     TextCondition,
     VectorBatch,
@@ -57,7 +60,9 @@ class NoCondition(Config):
     kind: Literal["none"] = "none"
 
 
-TrainedCondition = Annotated[TextCondition | EmbeddingCondition | NoCondition, Field(discriminator="kind")]
+TrainedCondition = Annotated[
+    TextCondition | EmbeddingCondition | NoCondition | LowResolutionCondition, Field(discriminator="kind")
+]
 
 
 def model_condition(condition: TrainedCondition, scorer: CLIP | None) -> ConditionConfig:
@@ -66,7 +71,7 @@ def model_condition(condition: TrainedCondition, scorer: CLIP | None) -> Conditi
     Raises:
         ConfigError: the scorer's embeddings have another width than was configured, or nothing says which.
     """
-    if isinstance(condition, TextCondition):
+    if isinstance(condition, TextCondition | LowResolutionCondition):
         return condition
     if isinstance(condition, NoCondition):
         return LabelCondition()
@@ -97,6 +102,8 @@ class Conditioner:
         """What the GPT reads before the batch's images; embeddings are noisy in training."""
         if isinstance(self.config, TextCondition):
             return batch.text
+        if isinstance(self.config, LowResolutionCondition):
+            return LowResolutionBatch(batch.text, batch.low_ids.flatten(1))
         if isinstance(self.config, NoCondition):
             return torch.zeros(len(batch.chance_B), dtype=torch.long, device=batch.chance_B.device)
         embedding_BE = batch.embedding_BE
@@ -112,8 +119,47 @@ class Conditioner:
             text_BE = self.scorer.to(text.ids_BS.device).encode_text(*text)
         return as_vectors(shifted_texts(text_BE, gpt.reader.text_shift))
 
+    def compared(self, batch: Batch, gpt: GPT) -> dict[str, ConditionBatch]:
+        """Conditions that validation compares the image's loss after, by the names of their metrics: what training
+        reads, what it reads where that is dropped, and what else tells whether it is understood."""
+        own = self.of_images(batch, training=False)
+        nothing = gpt.reader.dropped(own, torch.ones_like(batch.chance_B, dtype=torch.bool))
+        if isinstance(own, LowResolutionBatch):
+            others = own._replace(codes_BM=own.codes_BM.roll(1, dims=0))
+            return {"val/image": own, "val/image_without_text": nothing, "val/image_from_another": others}
+        conditions = {"val/image": own, "val/image_unconditional": nothing}
+        if batch.text is not None:
+            conditions["val/image_from_text"] = self.of_texts(batch.text, gpt)
+        return conditions
+
 
 CAPTIONS = Conditioner(TextCondition())
+
+
+def windowed(batch: Batch, height: int, width: int, ids_per_cell: int) -> Batch:
+    """The batch with a window of `height` x `width` codes of each image, and of the same place in half the resolution.
+
+    Windows begin at cells of low resolution, all of these alike likely.
+
+    Args:
+        batch: with `image_ids`, `low_ids` and `place_B2`.
+    """
+    low_BHW = batch.low_ids
+    n_rows = low_BHW.shape[1] - height // 2 + 1
+    n_columns = (low_BHW.shape[2] - width // 2) // ids_per_cell + 1
+    # the product of a number just below 1 may be rounded up
+    top_B, cell_B = (
+        (u_B * n).long().clamp_max(n - 1) for u_B, n in zip(batch.place_B2.T, (n_rows, n_columns), strict=True)
+    )
+    left_B = cell_B * ids_per_cell
+    low_BHW = _cut(low_BHW, top_B, left_B, height // 2, width // 2)
+    return batch._replace(image_ids=_cut(batch.image_ids, 2 * top_B, 2 * left_B, height, width), low_ids=low_BHW)
+
+
+def _cut(ids_BHW: Tensor, top_B: Tensor, left_B: Tensor, height: int, width: int) -> Tensor:
+    rows_BH1 = (top_B[:, None] + torch.arange(height, device=top_B.device))[..., None]
+    columns_B1W = (left_B[:, None] + torch.arange(width, device=left_B.device))[:, None]
+    return ids_BHW[torch.arange(len(ids_BHW), device=top_B.device)[:, None, None], rows_BH1, columns_B1W]
 
 
 def as_vectors(embedding_BE: Tensor) -> VectorBatch:

@@ -25,6 +25,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 STAGES = {
     "vqgan": (VQGANModule, ImageTokenizerConfig, ImageTokenizer),
     "gpt": (GPTModule, GPTConfig, GPT),
+    "upscaler": (GPTModule, GPTConfig, GPT),
     "clip": (CLIPModule, CLIPConfig, CLIP),
 }
 

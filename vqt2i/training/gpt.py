@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from vqt2i.checkpoint import read_card
 from vqt2i.clip import CLIP
 from vqt2i.config import Config
+from vqt2i.data.images import halved
 from vqt2i.data.shards import Split
 from vqt2i.errors import ConfigError
 from vqt2i.generation.captions import reversed_share_of
@@ -34,6 +36,7 @@ from vqt2i.training.conditions import (
     measure_shift,
     model_condition,
     require_own_tokenizer,
+    windowed,
 )
 from vqt2i.training.encode import ensure_store
 from vqt2i.training.finetune import (
@@ -127,6 +130,16 @@ class GPTRunConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether texts are read by their ids."""
+        return self.condition.kind in ("text", "low_resolution")
+
+    @property
+    def upscales(self) -> bool:
+        """Whether images are drawn from half their resolution."""
+        return self.condition.kind == "low_resolution"
+
     @model_validator(mode="after")
     def _streams_are_images(self) -> "GPTRunConfig":
         if self.data.stream and self.source == "store":
@@ -138,6 +151,8 @@ class GPTRunConfig(Config):
         wrong = {name: getattr(self, name) for name in ("text_length", "padding", "null", "bpe_dropout")}
         wrong = {name: value for name, value in wrong.items() if value != type(self).model_fields[name].default}
         wrong |= {"training.reversed_share": share} if (share := self.training.reversed_share) else {}
+        if self.condition.kind == "low_resolution":  # its texts are read, and never after the image
+            wrong = {name: value for name, value in wrong.items() if name in ("null", "training.reversed_share")}
         if wrong and self.condition.kind != "text":
             told = ", ".join(f"{name} {value}" for name, value in wrong.items())
             raise ValueError(f"condition {self.condition.kind} has no texts to read: found {told}; leave them out, and "
@@ -155,7 +170,7 @@ class GPTRunConfig(Config):
         if self.sizes not in (None, sizes):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
-        condition, reads_text = model_condition(self.condition, scorer), self.condition.kind == "text"
+        condition, reads_text = model_condition(self.condition, scorer), self.reads_text
         text = {name: getattr(self, name) for name in ("text_length", "padding", "null")}
         text["n_text_ids"] = sizes.n_text_ids
         image = sizes.model_dump(exclude={"n_text_ids"})
@@ -214,13 +229,14 @@ class GPTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        batch = self.prepared(batch)
         n_reversed = round(self.config.reversed_share * len(batch.chance_B))
         dropped = batch.chance_B < self.config.null_share
         dropped[:n_reversed] = False  # a caption to be predicted stays
         condition = self.gpt.reader.dropped(self.conditioner.of_images(batch, training=True), dropped)
         loss = self.training_loss(self.gpt, condition, self.image_ids(batch), n_reversed, self.config.loss)
         # told from the counts, for asking the values which are NaN would make the host wait for the GPU
-        forth = ["image", "text"] if self.gpt.layout.reads_text else ["image"]
+        forth = ["image", "text"] if self.gpt.layout.predicts_text else ["image"]
         names = ["total"] + forth * (n_reversed < len(dropped))
         names += ["text_from_image", "image_unconditional"] * (n_reversed > 0)
         parts = {f"train/{name}": getattr(loss, name).detach() for name in names}
@@ -229,7 +245,7 @@ class GPTModule(L.LightningModule):
         return loss.total
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        if not self.gpt.layout.reads_text:
+        if not self.gpt.layout.predicts_text:
             return self._validate_images(batch)
         ids, n = self.image_ids(batch), len(batch.chance_B)
         forth = gpt_loss(self.gpt, batch.text, ids, 0, self.config.loss)
@@ -243,18 +259,25 @@ class GPTModule(L.LightningModule):
         self.log_dict(values, sync_dist=True, batch_size=n)
 
     def _validate_images(self, batch: Batch) -> None:
-        """The image's loss after its embedding, after nothing, and after the embedding of its caption."""
-        image = self.conditioner.of_images(batch, training=False)
-        everywhere = torch.ones_like(batch.chance_B, dtype=torch.bool)
-        conditions = {"val/image": image, "val/image_unconditional": self.gpt.reader.dropped(image, everywhere)}
-        if batch.text is not None:
-            conditions["val/image_from_text"] = self.conditioner.of_texts(batch.text, self.gpt)
-        ids = self.image_ids(batch)
+        """The image's loss after what it is trained to be read after, and after other things."""
+        batch = self.prepared(batch)
+        conditions, ids = self.conditioner.compared(batch, self.gpt), self.image_ids(batch)
         values = {name: gpt_loss(self.gpt, c, ids, 0, self.config.loss).image for name, c in conditions.items()}
         self.log_dict(values, sync_dist=True, batch_size=len(ids))
 
     def sample_work(self) -> SampleWork:
         return SampleWork("samples", self.gpt.layout.length, training_flops(self.gpt.config))
+
+    def prepared(self, batch: Batch) -> Batch:
+        """The batch as the GPT is trained on it: for super-resolution, a window of each image."""
+        if not self.gpt.layout.is_upscaling:
+            return batch
+        if batch.image_ids is None:
+            with torch.no_grad():
+                image_ids, low_ids = (self.vq.encode(image) for image in (batch.image, halved(batch.image)))
+            batch = batch._replace(image=None, image_ids=image_ids, low_ids=low_ids)
+        layout = self.gpt.layout.config
+        return windowed(batch, layout.grid_height, layout.grid_width, self.vq.config.quantizer.ids_per_cell)
 
     def image_ids(self, batch: Batch) -> Tensor:
         """Codes (B, I): those of the store, or of the batch's images."""
@@ -276,7 +299,11 @@ class GPTModule(L.LightningModule):
             save_adapter(run / "adapter", self.gpt.state_dict(), config, card)
 
     def sample_images(self, batch: Batch, max_images: int = 8) -> Tensor:
-        """(3, 2H, n * W): validation images as the tokenizer sees them, over samples of their conditions."""
+        """(3, 2H, n * W): validation images as the tokenizer sees them, over samples of their conditions.
+
+        For super-resolution (3, 3H, n * W): half their resolution, enlarged, stands above.
+        """
+        batch = self.prepared(batch)
         ids = self.image_ids(batch)[:max_images].unflatten(1, (self.gpt.layout.config.grid_height, -1))
         conditions = self.gpt.reader.values(self.conditioner.of_images(batch, training=False))[:max_images]
         jobs = [Job(condition, i, 0) for i, condition in enumerate(conditions)]
@@ -285,6 +312,8 @@ class GPTModule(L.LightningModule):
         drawn = decode_image_ids(self.gpt, jobs, self.sampling, seed=0).to(ids.device)
         self.gpt.train(was_training)
         rows = [self.vq.decode(ids), self.vq.decode(drawn)]
+        if batch.low_ids is not None:
+            rows.insert(0, F.interpolate(self.vq.decode(batch.low_ids[:max_images]), scale_factor=2))
         return rearrange(rows, "row b c h w -> c (row h) (b w)")
 
 
@@ -315,8 +344,10 @@ def train_gpt(
     base, started = None, {}
     if config.training.start_from is not None:
         base = find_base(config.training.start_from)
-        started = {"start_from": {"path": str(base), "fingerprint": read_card(base)["fingerprint"]},
-                   "reversed_share": max(config.training.reversed_share, reversed_share_of(read_card(base)) or 0)}
+        started = {"start_from": {"path": str(base), "fingerprint": read_card(base)["fingerprint"]}}
+        if not config.upscales:
+            before = reversed_share_of(read_card(base)) or 0
+            started["reversed_share"] = max(config.training.reversed_share, before)
     world, device = find_world(config.trainer.devices), pick_device()
     micro_batch_size = config.trainer.micro_batch_size(world.size)
     ds_json = choose_deepspeed(deepspeed, config.deepspeed, micro_batch_size)
@@ -333,24 +364,26 @@ def train_gpt(
     if config.source == "store":
         splits, variants = (config.data.train_split, config.data.validation_split), config.data.variants
         store = ensure_store(
-            dataset, vq, tokenizer, splits, scorer=scorer, variants=variants, n_workers=config.trainer.n_workers
-        )
+            dataset, vq, tokenizer, splits, scorer=scorer, low_resolution=config.upscales, variants=variants,
+            n_workers=config.trainer.n_workers,
+        )  # fmt: skip
         samples = [TokenSamples(store.split(split), seed, tokenizer, config.bpe_dropout) for split in splits]
     else:
+        size_px = vq.config.image_size_px * (1 + config.upscales)
         samples = [
-            replace(source, bpe_dropout=config.bpe_dropout)
-            for source in image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
+            replace(source, bpe_dropout=config.bpe_dropout, windowed=config.upscales)
+            for source in image_samples(config.data, dataset, size_px, tokenizer, seed)
         ]
     with valued_by_first_rank(ds_json):
         if base is None:
             gpt = GPT(gpt_config)
             gpt.start_from_codes(vq.quantizer.codes())
         else:
-            gpt = load_base(base, gpt_config)
+            gpt = load_base(base, gpt_config, adapted=config.training.lora is not None)
         freeze(gpt, config.training.frozen)
         if config.training.lora:
             add_adapters(gpt, config.training.lora)
-    text_length = config.text_length if config.condition.kind == "text" else None
+    text_length = config.text_length if config.reads_text else None
     if scorer:
         text_length = scorer.config.text_length if dataset.languages else None
         if config.condition.n_shift_pairs:
@@ -365,7 +398,7 @@ def train_gpt(
         run_config=config,
         model_config=gpt_config,
         card=stage_card(
-            "gpt",
+            "upscaler" if config.upscales else "gpt",
             dataset,
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
