@@ -532,18 +532,27 @@ inline floats wide(const uint16_t* from) { return (floats)(__builtin_convertvect
 inline void narrow(float* to, floats x) { store(to, x); }
 inline void narrow(uint16_t* to, floats x) { store(to, to_bf16(x)); }
 
+// Have the key or value that lies `ahead` of this one come from memory meanwhile.
+template <int PARTS, class C> inline void fetch(const C* from, int64_t ahead) {
+  for (int i = 0; i < PARTS * LANES; i += 64 / sizeof(C)) __builtin_prefetch(from + ahead + i, 0, 2);
+}
+
 template <int PARTS, class C>  // PARTS: vectors of a head
-inline void score(const floats* q, const C* keys, int n, float* scores) {
+inline void score(const floats* q, const C* keys, int n, float* scores, int64_t ahead) {
   for (int j = 0; j < n; j++, keys += PARTS * LANES) {
+    fetch<PARTS>(keys, ahead);
     floats total = q[0] * wide(keys);
     for (int i = 1; i < PARTS; i++) total += q[i] * wide(keys + i * LANES);
     scores[j] = sum(total);
   }
 }
 
-template <int PARTS, class C> inline void gather(floats* y, const C* values, int n, const float* weights) {
-  for (int j = 0; j < n; j++, values += PARTS * LANES)
+template <int PARTS, class C>
+inline void gather(floats* y, const C* values, int n, const float* weights, int64_t ahead) {
+  for (int j = 0; j < n; j++, values += PARTS * LANES) {
+    fetch<PARTS>(values, ahead);
     for (int i = 0; i < PARTS; i++) y[i] += weights[j] * wide(values + i * LANES);
+  }
 }
 
 // Softmax of one row of scores; returns one over their sum, which the weights are yet to be multiplied by.
@@ -602,13 +611,14 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
     const C* values = keys + n_prefixes * N * P * H;
     const C* own_keys = (const C*)b.own + ((op.layer * 2 * (int64_t)b.n_rows + sequence) * N + n) * b.capacity * H;
     const C* own_values = own_keys + (int64_t)b.n_rows * N * b.capacity * H;
+    const int64_t next = (int64_t)N * b.capacity * H;  // of the next sequence: each has few, here and there in memory
     for (int l = 0; l < s.n_tokens; l++) {
       int64_t row = all * s.n_tokens + l, position = s.first + l;
       int n_own = s.causal ? position + 1 : s.first + s.n_tokens;
       floats q[PARTS], y[PARTS] = {};
       for (int i = 0; i < PARTS; i++) q[i] = wide(s.buffers[op.in] + row * 3 * D + n * H + i * LANES);
-      score<PARTS>(q, keys, P, scores);
-      score<PARTS>(q, own_keys, n_own, scores + P);
+      score<PARTS>(q, keys, P, scores, 0);
+      score<PARTS>(q, own_keys, n_own, scores + P, next);
       if (b.hidden)
         for (int j = 0; j < P; j++)
           if (b.hidden[prefix * P + j]) scores[j] = -INFINITY;
@@ -616,8 +626,8 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
         for (int j = 0; j < n_own; j++)
           if (!op.visible[position * op.n_out + j]) scores[P + j] = -INFINITY;
       float share = exponentiate(scores, P + n_own);
-      gather<PARTS>(y, values, P, scores);
-      gather<PARTS>(y, own_values, n_own, scores + P);
+      gather<PARTS>(y, values, P, scores, 0);
+      gather<PARTS>(y, own_values, n_own, scores + P, next);
       for (int i = 0; i < PARTS; i++) store(s.buffers[op.out] + row * D + n * H + i * LANES, y[i] * share);
     }
   }
