@@ -228,6 +228,6 @@ def test_sizes_of_texts_belong_to_texts_only(layout: dict, values: dict, told: s
 
 
 def test_low_resolution_needs_a_grid_with_a_half_and_reads_its_text_first(make_gpt) -> None:
-    for sizes in ({"grid_height": 3}, {"grid_width": 3}, {"null": "image_first"}):
+    for sizes in ({"grid_height": 3}, {"grid_width": 3}, {"null_condition": "image_first"}):
         with pytest.raises(ValidationError, match="expected even sides, and empty_text"):
             make_gpt(**LOW | sizes)

@@ -230,7 +230,7 @@ def test_a_stage_reads_the_codes_of_its_own_window(module: GPTModule) -> None:
             ["training.reversed_share=0.15"],
             r"found training\.reversed_share 0\.15; .*set training\.reversed_share to 0",
         ),
-        (["null=image_first"], r"found null image_first"),
+        (["null_condition=image_first"], r"found null_condition image_first"),
         (["data.path=PLAIN"], r"s000: 16 x 16 pixels; super-resolution learns from pictures of 32 x 32 and more"),
         (["data.path=PLAIN", "source=images"], r"s0\d\d: 16 x 16 pixels; super-resolution learns from pictures of 32"),
     ],

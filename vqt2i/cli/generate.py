@@ -17,6 +17,7 @@ from vqt2i.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from vqt2i.generation import Sample, TextToImage
     from vqt2i.generation.output import OutputFolder
 
 
@@ -66,7 +67,6 @@ def _draw(args: argparse.Namespace) -> None:
     """One process's part; alone it is all of it."""
     from contextlib import nullcontext
 
-    from vqt2i.checkpoint import require_same
     from vqt2i.cli.options import placement_from, sampling_from
     from vqt2i.generation.find import open_pipeline, open_upscaler
     from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder, set_aside, write_group
@@ -95,9 +95,7 @@ def _draw(args: argparse.Namespace) -> None:
     }  # fmt: skip
     n, models = args.n or min(4, args.rerank or 4), pipeline.fingerprints
     if upscaler:
-        require_same("image tokenizer", args.upscale, found=models["vq"], expected=upscaler.fingerprints["vq"],
-                     hint="upscale with one that was trained on this tokenizer's ids")  # fmt: skip
-        models |= {"upscaler": upscaler.fingerprints["gpt"]}
+        models |= {f"upscaler's {part}": name for part, name in upscaler.fingerprints.items()}
     request = Request([prompt_name(prompt) for prompt in prompts], n, settings, models)
 
     outputs: OutputFolder | None = None
@@ -132,8 +130,7 @@ def _draw(args: argparse.Namespace) -> None:
             for group in groups:
                 tally.look()  # before the last group is there, and with it the end of the first process
                 if upscaler:
-                    text = None if isinstance(prompts[group[0].prompt_index], str) else ""
-                    group = [*upscaler.upscale(group[:n], text, seed=args.seed), *group[n:]]
+                    group = [*_upscaled(group[:n], pipeline, upscaler, prompts, args.seed), *group[n:]]
                 if outputs:
                     outputs.write(group)
                 else:
@@ -148,6 +145,18 @@ def _draw(args: argparse.Namespace) -> None:
         raise
     if outputs:
         _report(outputs, tokens_per_image)
+
+
+def _upscaled(
+    samples: "list[Sample]", pipeline: "TextToImage", upscaler: "TextToImage", prompts: list, seed: int
+) -> "list[Sample]":
+    """The samples of a prompt in twice their size; from their pixels where the ids are of another image tokenizer."""
+    from dataclasses import replace
+
+    if pipeline.vq.fingerprint != upscaler.vq.fingerprint:
+        samples = [replace(s, image_ids_HW=upscaler.image_ids(s.image_HW3).numpy()) for s in samples]
+    text = None if isinstance(prompts[samples[0].prompt_index], str) else ""  # in place of a picture's name
+    return upscaler.upscale(samples, text, seed=seed)
 
 
 def _report(outputs: "OutputFolder", tokens_per_image: int) -> None:

@@ -535,9 +535,9 @@ class TextToImage:
         Each depends on its picture, prompt and indices, and the seed; not on what is drawn beside it.
 
         Args:
-            pictures: samples, of a pipeline that has the same image tokenizer, are drawn from their own ids, and keep
-                their indices and scores. Images have sides that a cell divides, no smaller than what a window is drawn
-                from; uint8 (height, width, 3) or Pillow's.
+            pictures: samples are drawn from their own ids, which must be of the same image tokenizer (else give them
+                `image_ids` of it), and keep their indices and scores. Images have sides that a cell divides, no smaller
+                than what a window is drawn from; uint8 (height, width, 3) or Pillow's.
             prompts: what they show, one for all or one for each; None is a sample's own, and for images the empty one.
             on_progress: called after each step with how much was drawn in it, in pictures.
 
@@ -574,7 +574,7 @@ class TextToImage:
             return picture if prompt is None else replace(picture, prompt=clean_text(prompt))
         image_HW3, prompt = pixels_of(picture), clean_text(prompt or "")
         require_upscalable(*image_HW3.shape[:2], self.gpt, self.vq)
-        ids_HW = self._encode_cells(image_HW3).numpy()
+        ids_HW = self.image_ids(image_HW3).numpy()
         return Sample(prompt, index, 0, 0, image_HW3, ids_HW, self._reader.n_unread(prompt))
 
     def _small(self, sample: Sample, negative: tuple[int, ...] | None) -> Small:
@@ -656,11 +656,15 @@ class TextToImage:
         """The ids of a picture of the shape of the GPT's grid, (grid height, grid width) on the CPU."""
         layout, vq = self.gpt.layout.config, self.vq.config
         columns = layout.grid_width // vq.quantizer.ids_per_cell
-        return self._encode_cells(fit_grid(image_HW3, layout.grid_height, columns, vq.downsample))
+        return self.image_ids(fit_grid(image_HW3, layout.grid_height, columns, vq.downsample))
 
     @torch.inference_mode()
-    def _encode_cells(self, image_HW3: np.ndarray) -> Tensor:
-        """The ids of a picture that is made of whole cells, (rows, columns of ids) on the CPU."""
+    def image_ids(self, image_HW3: np.ndarray) -> Tensor:
+        """The image tokenizer's ids of a picture, (grid height, grid width) on the CPU.
+
+        Raises:
+            DataError: its sides are not made of whole cells.
+        """
         with self._at_work(self.vq):
             return self.vq.encode(to_tensor(image_HW3)[None].to(self.gpt.device))[0].cpu()
 

@@ -64,10 +64,10 @@ class GPTConfig(Config):
 
     @model_validator(mode="after")
     def _what_is_drawn_from_its_half_has_one(self) -> GPTConfig:
-        height, width = self.layout.grid_height, self.layout.grid_width
-        if self.sequence_layout.is_upscaling and (height % 2 or width % 2 or self.layout.null == "image_first"):
-            raise ValueError(f"condition low_resolution: found a grid of {height} x {width} ids, null "
-                             f"{self.layout.null}; expected even sides, and empty_text")  # fmt: skip
+        height, width, null = self.layout.grid_height, self.layout.grid_width, self.layout.null_condition
+        if self.sequence_layout.is_upscaling and (height % 2 or width % 2 or null == "image_first"):
+            raise ValueError(f"condition low_resolution: found a grid of {height} x {width} ids, null_condition "
+                             f"{null}; expected even sides, and empty_text")  # fmt: skip
         return self
 
     @model_validator(mode="after")

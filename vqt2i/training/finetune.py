@@ -84,7 +84,7 @@ def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
         raise ConfigError(f"training.lora: adapters belong to a GPT that reads what they do, and {folder} reads texts "
                           "alone; leave lora out")  # fmt: skip
     if becomes_upscaler:
-        layout = own.layout.model_copy(update={"null": config.layout.null})
+        layout = own.layout.model_copy(update={"null_condition": config.layout.null_condition})
         own = own.model_copy(update={"condition": config.condition, "layout": layout})
     found, wanted = _dotted(own.model_dump(mode="json")), _dotted(config.model_dump(mode="json"))
     differences = [
