@@ -1,14 +1,19 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from vqt2i.checkpoint import load_model, save_model
 from vqt2i.cli import main
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import write_dataset
 from vqt2i.generation.output import read_prompt
+from vqt2i.gpt import GPT, GPTConfig
+from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 
 @pytest.fixture
@@ -66,21 +71,29 @@ def test_generate_draws_what_it_keeps_in_twice_its_size(
     )
     assert small == large  # ranked before
     assert Image.open("small/001-00.png").size == (16, 16) and Image.open("large/001-00.png").size == (32, 32)
-    assert set(json.loads(Path("large/request.json").read_text())["models"]) == {
-        "text",
-        "vq",
-        "gpt",
-        "clip",
-        "upscaler",
-    }
+    models = json.loads(Path("large/request.json").read_text())["models"]
+    assert set(models) == {"text", "vq", "gpt", "clip", "upscaler's text", "upscaler's vq", "upscaler's gpt"}
     assert main([*command, "--upscale", str(upscaler_folder), "--out", "large"]) == 0  # goes on: nothing is left to do
-    assert "upscaler model" in fails(*command, "--out", "large")
+    assert "upscaler's gpt model" in fails(*command, "--out", "large")
 
 
-def test_a_model_of_another_image_tokenizer_is_not_drawn_larger(upscale, upscaler_folder: Path, fails) -> None:
-    told = fails("generate", "x", "--model", "shapes", "--upscale", upscaler_folder)
-    assert "made with image tokenizer" in told and "upscale with one that was trained on this tokenizer's ids" in told
-    assert not Path("outputs").exists()
+def test_pictures_of_another_image_tokenizer_are_drawn_from_their_pixels(
+    upscale, model_folders: Path, upscaler_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(upscaler_folder, other)
+    vq = load_model(other / "vq", ImageTokenizerConfig, ImageTokenizer)
+    with torch.no_grad():
+        vq.decoder.conv_out.bias.add_(0.1)
+    fingerprint = save_model(other / "vq", vq, vq.config, {"kind": "vqgan"})
+    gpt = load_model(other / "gpt", GPTConfig, GPT)
+    config = gpt.config.model_copy(update={"image_tokenizer": fingerprint})
+    save_model(other / "gpt", gpt, config, {"kind": "upscaler"})
+    command = ["generate", "a red square", "--model", str(model_folders), "--n", "1"]
+    assert main([*command, "--out", "small"]) == 0
+    assert main([*command, "--upscale", str(other), "--out", "large"]) == 0
+    assert upscale("small/000-00.png", "--model", other, "--out", "again") == 0
+    assert np.array_equal(pixels("large/000-00.png"), pixels("again/000-00.png"))
 
 
 @pytest.mark.parametrize(

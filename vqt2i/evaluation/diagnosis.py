@@ -26,7 +26,7 @@ from torch import Tensor
 from vqt2i.config import Config
 from vqt2i.data.images import fit_square, to_tensor, to_uint8
 from vqt2i.data.shards import DataSet, Split
-from vqt2i.errors import DataError
+from vqt2i.errors import ConfigError, DataError
 from vqt2i.generation import TextToImage
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.gpt import GPT, LossWeights, gpt_loss
@@ -146,10 +146,13 @@ def diagnose(
     """Measure every stage of a pipeline on a data set like the one that it was trained on.
 
     Raises:
+        ConfigError: its GPT does not draw from texts alone.
         DataError: a split that is not there, or of fewer than two captioned images.
     """
     tell = on_stage or (lambda _: None)
     gpt = pipeline.gpt
+    if not gpt.layout.predicts_text:
+        raise ConfigError(f"diagnosis: this GPT reads a {gpt.layout.condition.kind}; expected one that reads texts")
     tell("image tokenizer")
     train, val = (
         _read(pipeline, dataset.split(name), config.n_samples) for name in (config.train_split, config.validation_split)
