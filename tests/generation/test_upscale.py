@@ -90,8 +90,10 @@ def drawn_naively(gpt: GPT, one: Small) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(4, 4), (3, 5)])
 def test_a_window_goes_on_what_is_drawn_around_it(gpt: GPT, shape: tuple[int, int]) -> None:
     one = small(*shape)
-    found = upscale_ids(gpt, [one], GREEDY, 0)[0]
-    assert found.shape == (2 * shape[0], 2 * shape[1]) and torch.equal(found, drawn_naively(gpt, one))
+    expected = drawn_naively(gpt, one)
+    assert expected.shape == (2 * shape[0], 2 * shape[1])
+    for sampling in (GREEDY, GREEDY.model_copy(update={"jacobi_window": 3})):
+        assert torch.equal(upscale_ids(gpt, [one], sampling, 0)[0], expected)
 
 
 def test_a_picture_depends_on_nothing_drawn_beside_it(gpt: GPT) -> None:
