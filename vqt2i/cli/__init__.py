@@ -28,6 +28,7 @@ VERBS = (
     "evaluate",
     "diagnose",
     "make_pipeline",
+    "import_checkpoint",
     "benchmark",
 )
 
