@@ -69,14 +69,11 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
         raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or a GPT run")
     models = trained_models(runs)
     vq = _by_fingerprint("image tokenizer", models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
-    text = Path(card["text_tokenizer"]["path"])
+    text = next((Path(card[part]["path"]) for part in ("text_tokenizer", "text_encoder") if part in card), None)
     if "scorer" in card:
         clip = _by_fingerprint("scorer", models.get("clip", []), card["scorer"], gpt_folder)
         return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": clip}
-    scorers = [
-        clip for clip in models.get("clip", [])
-        if _same_text(clip, card) and read_card(clip)["data"]["fingerprint"] == card["data"]["fingerprint"]
-    ]  # fmt: skip
+    scorers = [clip for clip in models.get("clip", []) if _of_same_texts(clip, card)]
     return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": scorers[0] if scorers else None}
 
 
@@ -134,10 +131,11 @@ def write_pipeline(
     """
     pipeline = TextToImage.from_parts(folders, config, "cpu")
     with new_folder(out) as partial:
-        (partial / "text").mkdir()
-        for name, content in pipeline.text.files.items():
-            write_atomic(partial / "text" / name, content)
-        known = ["vq", *(["clip"] if reads_embeddings(pipeline.gpt) else [])]
+        known = ["vq", *(["clip"] if reads_embeddings(pipeline.gpt) else []), *(["text"] if pipeline.encoder else [])]
+        if pipeline.text and not pipeline.encoder:
+            (partial / "text").mkdir()
+            for name, content in pipeline.text.files.items():
+                write_atomic(partial / "text" / name, content)
         for part in known:
             shutil.copytree(folders[part], partial / part)
         for part, module in (("gpt", pipeline.gpt), ("clip", pipeline.clip)):
@@ -167,5 +165,8 @@ def _by_fingerprint(what: str, folders: list[Path], wanted: dict[str, str], gpt_
                           "keep the run that made it beside this one")  # fmt: skip
 
 
-def _same_text(clip_folder: Path, gpt_card: dict) -> bool:
-    return read_card(clip_folder)["text_tokenizer"]["fingerprint"] == gpt_card["text_tokenizer"]["fingerprint"]
+def _of_same_texts(clip_folder: Path, gpt_card: dict) -> bool:
+    """Whether a scorer has read the texts that a GPT has, by the same tokenizer."""
+    shared = ("text_tokenizer", "data")
+    clip_card = read_card(clip_folder)
+    return all(name in gpt_card and clip_card[name]["fingerprint"] == gpt_card[name]["fingerprint"] for name in shared)

@@ -10,8 +10,9 @@ from vqt2i.config import Config
 from vqt2i.errors import CheckpointError
 from vqt2i.generation.reading import reads_embeddings
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig
+from vqt2i.gpt import GPT, FeatureCondition, GPTConfig, LabelCondition
 from vqt2i.text import TextTokenizer, load_tokenizer
+from vqt2i.text.encoder import TextEncoder
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 PARTS = ("text", "vq", "gpt", "clip")
@@ -26,36 +27,45 @@ class PipelineConfig(Config):
 
 
 class Parts(NamedTuple):
-    """A pipeline's models. `clip` may be None."""
+    """A pipeline's models. text: None where nothing reads texts. encoder: of the texts whose features a GPT reads."""
 
-    text: TextTokenizer
+    text: TextTokenizer | None
     vq: ImageTokenizer
     gpt: GPT
     clip: CLIP | None
+    encoder: TextEncoder | None = None
 
 
 def pipeline_folders(folder: Path) -> dict[str, Path | None]:
-    """The folder of each part of a pipeline folder; None for a scorer that it does not have.
+    """The folder of each part of a pipeline folder; None for a scorer or a text tokenizer that it does not have.
 
     Raises:
         CheckpointError: `folder` is no pipeline folder.
     """
     if not (folder / PIPELINE).is_file():
         raise CheckpointError(f"{folder}: no {PIPELINE} in it; expected a pipeline folder with {', '.join(PARTS)}")
-    return {part: folder / part if part != "clip" or (folder / part).is_dir() else None for part in PARTS}
+    optional = ("text", "clip")
+    return {part: folder / part if part not in optional or (folder / part).is_dir() else None for part in PARTS}
 
 
 def load_parts(folders: dict[str, Path | None]) -> Parts:
-    """Load the parts from a folder each (None for no `clip`) and check that they belong together.
+    """Load the parts from a folder each (None for what there is not) and check that they belong together.
 
     Raises:
         CheckpointError: a part is missing or damaged, or does not belong with the others.
     """
-    text = load_tokenizer(folders["text"])
     vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
     gpt = load_model(folders["gpt"], GPTConfig, GPT)
     hint = "use the parts it was trained with"
-    trained = gpt.config
+    trained, encoder = gpt.config, None
+    reads_texts = not isinstance(trained.condition, LabelCondition)
+    if folders["text"] is None and reads_texts:
+        raise CheckpointError(f"{folders['gpt']}: reads texts, found no text tokenizer; put it into text/ beside it")
+    if isinstance(trained.condition, FeatureCondition):
+        encoder = TextEncoder.load(folders["text"])
+        require_same("text encoder", folders["gpt"], found=encoder.fingerprint, expected=trained.condition.encoder,
+                     hint=hint)  # fmt: skip
+    text = encoder.tokenizer if encoder else folders["text"] and load_tokenizer(folders["text"])
     if trained.text_tokenizer is not None:
         require_same(
             "text tokenizer", folders["gpt"], found=text.fingerprint, expected=trained.text_tokenizer, hint=hint
@@ -69,7 +79,7 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
         require_same(
             "text tokenizer",
             folders["clip"],
-            found=text.fingerprint,
+            found=text.fingerprint if text else "none",
             expected=clip.config.text_tokenizer,
             hint=hint,
         )
@@ -79,4 +89,4 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
             raise CheckpointError(f"{folders['gpt']}: reads embeddings of the scorer {encoder[:8]}, found none; "
                                   "put that one beside it")  # fmt: skip
         require_same("scorer", folders["gpt"], found=clip.fingerprint, expected=encoder, hint=hint)
-    return Parts(text, vq, gpt, clip)
+    return Parts(text, vq, gpt, clip, encoder)

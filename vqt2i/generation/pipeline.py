@@ -43,6 +43,7 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, Condition
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text
+from vqt2i.text.encoder import TextEncoder
 from vqt2i.vq import ImageTokenizer
 
 Offload = Literal["auto", "never", "always"]
@@ -93,14 +94,16 @@ class TextToImage:
 
     def __init__(
         self,
-        text: TextTokenizer,
+        text: TextTokenizer | None,
         vq: ImageTokenizer,
         gpt: GPT,
         clip: CLIP | None,
         config: PipelineConfig,
         engine: Engine | None = None,
+        encoder: TextEncoder | None = None,
     ) -> None:
-        """engine: None is what `Engine` chooses where the GPT is."""
+        """engine: None is what `Engine` chooses where the GPT is. encoder: stays on the CPU, a prompt is read once."""
+        self.encoder = encoder
         self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
         self.engine = engine or Engine("auto", "auto", gpt.device)
         self.memory: int | None = None
@@ -149,9 +152,9 @@ class TextToImage:
         offload: Offload = "auto",
     ) -> "TextToImage":
         """Load parts from a folder each (None for no `clip`) and check that they belong together; see `load`."""
-        text, vq, gpt, clip = load_parts(folders)
+        text, vq, gpt, clip, encoder = load_parts(folders)
         place = pick_device(device)
-        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place))
+        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place), encoder)
         pipeline.gpt_folder = folders["gpt"]
         pipeline.place(place, None if memory_gb is None else int(memory_gb * 1e9), offload)
         return pipeline
@@ -180,7 +183,7 @@ class TextToImage:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Content hash of each part."""
-        parts = {"text": self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip}
+        parts = {"text": self.encoder or self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip}
         return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
     @property
@@ -288,7 +291,7 @@ class TextToImage:
 
     @property
     def _reader(self) -> PromptReader:
-        return PromptReader(self.text, self.gpt, self.clip, self.vq.config.image_size_px)
+        return PromptReader(self.text, self.gpt, self.clip, self.vq.config.image_size_px, self.encoder)
 
     def _beside(
         self, negative: str | None, mix: Mix | None, sampling: SamplingConfig

@@ -88,7 +88,7 @@ class Family(ABC):
         """Whether a name that the table does not read may be there: a discriminator, say."""
         return False
 
-    def facts(self, options: Options) -> dict[str, Any]:
+    def facts(self, config: Config, options: Options) -> dict[str, Any]:
         """What our card of the model says besides its source and licence."""
         return {}
 
