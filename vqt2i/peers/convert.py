@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from vqt2i.checkpoint import CARD, fill_model_folder, load_model, read_card
+from vqt2i.checkpoint import CARD, README, fill_model_folder, hub_card, load_model
 from vqt2i.errors import CheckpointError
 from vqt2i.files import new_folder, require_free, sha256_of_file, write_atomic
 from vqt2i.peers import FAMILIES, Compared, Family, Options
@@ -17,7 +17,6 @@ from vqt2i.peers.table import converted
 from vqt2i.runtime import counter, say
 from vqt2i.weights import SHARD_BYTES
 
-README = "README.md"
 NO_OPTIONS = Options()
 
 
@@ -59,7 +58,7 @@ def import_checkpoint(
             fingerprint = fill_model_folder(
                 partial, config, tensors, card, shard_bytes=shard_bytes, on_bytes=lambda n: advance(n / 1e6)
             )
-        write_atomic(partial / README, model_card(out.name, read_card(partial)))
+        write_atomic(partial / README, hub_card(out.name, [family.kind, family.name], family.licence, about(card)))
         if io is not None:
             model = load_model(partial, config_class, model_class)
             require_agreement(check, list(family.compare(model, io)))
@@ -111,12 +110,11 @@ def require_agreement(path: Path, compared: list[Compared]) -> None:
         raise CheckpointError(f"--check {path}: {', '.join(wrong)} differ from what is recorded; nothing was written")
 
 
-def model_card(name: str, card: dict[str, Any]) -> str:
-    """`README.md` as the Hugging Face Hub reads it."""
+def about(card: dict[str, Any]) -> str:
+    """What a model's `README.md` says."""
     source = card["source"]
     return (
-        f"---\nlicense: {card['licence'].lower()}\nlibrary_name: vqt2i\ntags: [{card['kind']}, {source['family']}]\n"
-        f"---\n\n# {name}\n\nConverted from `{source['file']}` of [{source['family']}]({source['repository']}) by "
-        f"`vqt2i import_checkpoint`; licence of the weights: {card['licence']}. `{CARD}` has the checksum of the "
-        f"original. The same numbers in other files: nothing was trained or rounded.\n"
+        f"Converted from `{source['file']}` of [{source['family']}]({source['repository']}) by `vqt2i "
+        f"import_checkpoint`; licence of the weights: {card['licence']}. `{CARD}` has the checksum of the original. "
+        "The same numbers in other files: nothing was trained or rounded."
     )
