@@ -150,7 +150,7 @@ def write_pipeline(
 def _readme(name: str, pipeline: TextToImage, folders: dict[str, Path]) -> str:
     cards = {part: read_card(folder) for part, folder in folders.items() if (folder / CARD).is_file()}
     licences = {card.get("licence") for card in cards.values()}
-    told = ["Draw with it: `python tools/generate.py PROMPT --model` and this folder. Parts and their fingerprints:", ""]
+    told = ["Draw with it: `python tools/generate.py PROMPT --model` and this folder. Its parts by fingerprint:", ""]
     for part, fingerprint in pipeline.fingerprints.items():
         source, licence = (cards.get(part, {}).get(key) for key in ("source", "licence"))
         came = f", from {source['file']} of {source['repository']}" if source else ""
