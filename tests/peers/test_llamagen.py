@@ -256,6 +256,9 @@ def test_an_image_tokenizer_of_another_vocabulary_or_grid_is_refused(
     larger = gpt_config(C2I).model_copy(update={"layout": LayoutConfig(n_image_ids=21, grid_height=4, grid_width=4)})
     path = save_native(tmp_path / "gpt.pt", C2I, GPT(larger), "model")
     assert "has 21 image ids" in refused(fails, C2I, path, *options)
+    save_model(tmp_path / "g", GPT(larger), larger, {"kind": "gpt"})
+    told = refused(fails, C2I, path, "--vq", tmp_path / "g")
+    assert "g: a model of kind 'gpt', expected an image tokenizer" in told
     path = save_native(tmp_path / "c2i_B_384.pt", C2I, GPT(gpt_config(C2I)), "model")
     assert "for images of 384 px, the image tokenizer's are of 16 px; import that one with --image-size 384" in refused(
         fails, C2I, path, *options

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vqt2i.checkpoint import CARD, README, fill_model_folder, hub_card, load_model
-from vqt2i.errors import CheckpointError
+from vqt2i.errors import CheckpointError, DataError, UserError
 from vqt2i.files import new_folder, require_free, sha256_of_file, write_atomic
 from vqt2i.peers import FAMILIES, Compared, Family, Options
 from vqt2i.peers.family import MODELS
@@ -38,9 +38,12 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: another family, a damaged file, weights that do not fit, outputs that differ.
-        UserError: `out` exists already.
+        UserError: `out` exists already, or an option that means nothing here.
     """
     require_free(out)
+    for name, value in options._asdict().items():
+        if value is not None and name in family.unused:
+            raise UserError(f"{name} {value}: means nothing to the family {family.name}; leave it out")
     io = None if check is None else read_io(check)
     checkpoint = family.read(path)
     require_family(family, checkpoint)
@@ -61,7 +64,11 @@ def import_checkpoint(
         write_atomic(partial / README, hub_card(out.name, [family.kind, family.name], family.licence, about(card)))
         if io is not None:
             model = load_model(partial, config_class, model_class)
-            require_agreement(check, list(family.compare(model, io)))
+            try:
+                compared = list(family.compare(model, io))
+            except (KeyError, RuntimeError, ValueError, IndexError, DataError) as error:
+                raise CheckpointError(f"--check {check}: holds no inputs and outputs of this model ({error})") from None
+            require_agreement(check, compared)
     return fingerprint
 
 
