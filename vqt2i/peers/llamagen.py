@@ -276,14 +276,10 @@ class LlamaGenGPT(Family):
         """Teacher-forced logits; and whether each greedy id is the likeliest after those before it."""
         tokens = io["tokens"]
         for ending, (condition, null) in self.condition_batches(io, model).items():
-            if f"tf_logits{ending}" in io:
-                logits = image_logits(model, condition, tokens)
-                yield Compared(f"tf_logits{ending}", largest_difference(logits, io[f"tf_logits{ending}"]), TOLERANCE)
-            if f"tf_logits_null{ending}" in io:
-                logits = image_logits(model, null, tokens)
-                yield Compared(
-                    f"tf_logits_null{ending}", largest_difference(logits, io[f"tf_logits_null{ending}"]), TOLERANCE
-                )
+            for name, read in ((f"tf_logits{ending}", condition), (f"tf_logits_null{ending}", null)):
+                if name in io:
+                    difference = largest_difference(image_logits(model, read, tokens), io[name])
+                    yield Compared(name, difference, TOLERANCE)
             for name in io:
                 guidance = re.fullmatch(rf"gen_cfg([\dp]+)(?:_interval(\d+))?{ending}", name)
                 if guidance:
