@@ -196,7 +196,7 @@ def require_equal_drawings(gpt: GPT, engine: CompiledEngine, sampling: SamplingC
 
 
 @pytest.mark.parametrize("sampling", ENGINE_SETTINGS, ids=str)
-def test_steps_of_fixed_shapes_draw_the_images_of_the_plain_ones(make_gpt, kind: dict, sampling: SamplingConfig) -> None:
+def test_steps_of_fixed_shapes_draw_what_plain_steps_draw(make_gpt, kind: dict, sampling: SamplingConfig) -> None:
     gpt = make_gpt(**kind)
     require_equal_drawings(gpt, CompiledEngine(gpt, uncompiled), sampling)
 

@@ -88,6 +88,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
                         "products: lower ones are faster and draw other pictures (default: fp32 on CPUs)")  # fmt: skip
 
 
+def add_prior_argument(parser: argparse.ArgumentParser) -> None:
+    """--prior."""
+    parser.add_argument("--prior", type=Path, metavar="DIR", help="what tools/train_prior.py trained: makes the "
+                        "embedding of a prompt that of an image, for a model that reads embeddings (default: the "
+                        "model folder's own, if it has one)")  # fmt: skip
+
+
 def add_grid_argument(parser: argparse.ArgumentParser) -> None:
     """--grid."""
     parser.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="draw pictures of H rows of W cells "

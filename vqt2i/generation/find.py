@@ -12,7 +12,7 @@ from vqt2i.clip.huggingface import CONFIG_JSON, HuggingFaceCLIP, fingerprint_of,
 from vqt2i.config import build_config, load_config, save_config
 from vqt2i.errors import CheckpointError
 from vqt2i.files import new_folder, write_atomic
-from vqt2i.generation.parts import PARTS, PIPELINE, PipelineConfig, pipeline_folders
+from vqt2i.generation.parts import PIPELINE, PipelineConfig, pipeline_folders
 from vqt2i.generation.pipeline import TextToImage
 from vqt2i.generation.reading import reads_embeddings
 from vqt2i.runtime import say
@@ -80,16 +80,27 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
     return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": scorers[0] if scorers else None}
 
 
-def find_parts(model: str | None, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
+def find_parts(
+    model: str | None, runs: Path, prior: Path | None = None
+) -> tuple[dict[str, Path | None], PipelineConfig]:
     """The folders of a pipeline's parts and its defaults; says which.
 
     Args:
         model: a shipped pipeline's name, a pipeline folder, or a GPT run; None is the newest GPT trained in `runs`,
             else the shipped pipeline.
+        prior: a run or a model folder; None is the pipeline folder's own, if it has one.
 
     Raises:
         CheckpointError: nothing of this name, or a part is gone.
     """
+    folders, config = _find_pipeline(model, runs)
+    if prior is None:
+        return folders, config
+    say(f"prior: {prior}")
+    return folders | {"prior": _model_in(prior)}, config
+
+
+def _find_pipeline(model: str | None, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
     if model is None:
         trained = trained_models(runs).get("gpt", [])
         if trained:
@@ -105,19 +116,26 @@ def find_parts(model: str | None, runs: Path) -> tuple[dict[str, Path | None], P
             shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{PIPELINE}"))) or "none"
             raise CheckpointError(f"{model}: no such folder, and no shipped pipeline of this name (shipped: {shipped})")
         if not (folder / PIPELINE).is_file():
-            return _trained_pipeline(folder / "model" if (folder / "model").is_dir() else folder, runs)
+            return _trained_pipeline(_model_in(folder), runs)
         say(f"pipeline: {folder}")
     return pipeline_folders(folder), load_config(PipelineConfig, folder / PIPELINE)
 
 
-def open_pipeline(model: str | None, runs: Path, device: str = "auto", **placement: Any) -> TextToImage:
+def _model_in(folder: Path) -> Path:
+    """The model folder of a run, or the folder itself."""
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def open_pipeline(
+    model: str | None, runs: Path, device: str = "auto", *, prior: Path | None = None, **placement: Any
+) -> TextToImage:
     """Load what `find_parts` finds. placement: what `TextToImage.load` takes by name."""
-    return TextToImage.from_parts(*find_parts(model, runs), device, **placement)
+    return TextToImage.from_parts(*find_parts(model, runs, prior), device, **placement)
 
 
 def _trained_pipeline(gpt_folder: Path, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
     parts = trained_parts(gpt_folder, runs)
-    say("pipeline: " + ", ".join(f"{part} {parts[part] or 'none'}" for part in PARTS))
+    say("pipeline: " + ", ".join(f"{part} {folder or 'none'}" for part, folder in parts.items()))
     return parts, _defaults(gpt_folder)
 
 
@@ -126,8 +144,8 @@ def write_pipeline(
 ) -> None:
     """Copy parts that belong together into a new pipeline folder.
 
-    The image tokenizer stays as it is, whatever `dtype`, and so does a scorer whose embeddings the GPT reads: the GPT
-    knows them by their fingerprints.
+    The image tokenizer stays as it is, whatever `dtype`, and so do a scorer whose embeddings the GPT reads, for the GPT
+    knows both by their fingerprints, and a prior.
 
     Raises:
         CheckpointError: a part is missing or damaged, or does not belong. UserError: `out` exists already.
@@ -137,7 +155,7 @@ def write_pipeline(
         (partial / "text").mkdir()
         for name, content in pipeline.text.files.items():
             write_atomic(partial / "text" / name, content)
-        known = ["vq", *(["clip"] if reads_embeddings(pipeline.gpt) else [])]
+        known = ["vq", *(["clip"] if reads_embeddings(pipeline.gpt) else []), *(["prior"] if pipeline.prior else [])]
         for part in known:
             shutil.copytree(folders[part], partial / part)
         for part, module in (("gpt", pipeline.gpt), ("clip", pipeline.clip)):

@@ -1,10 +1,10 @@
-"""A pipeline folder: four parts that belong together, and the defaults that they draw with."""
+"""A pipeline folder: parts that belong together, and the defaults that they draw with."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from vqt2i.checkpoint import load_model, require_same
-from vqt2i.clip import CLIP
+from vqt2i.clip import CLIP, Prior, PriorConfig
 from vqt2i.clip.huggingface import load_scorer
 from vqt2i.config import Config
 from vqt2i.errors import CheckpointError
@@ -14,7 +14,8 @@ from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.text import TextTokenizer, load_tokenizer
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
-PARTS = ("text", "vq", "gpt", "clip")
+PARTS = ("text", "vq", "gpt", "clip", "prior")
+OPTIONAL = ("clip", "prior")
 PIPELINE = "pipeline.yaml"
 
 
@@ -26,27 +27,28 @@ class PipelineConfig(Config):
 
 
 class Parts(NamedTuple):
-    """A pipeline's models. `clip` may be None."""
+    """A pipeline's models. `clip` and `prior` may be None."""
 
     text: TextTokenizer
     vq: ImageTokenizer
     gpt: GPT
     clip: CLIP | None
+    prior: Prior | None
 
 
 def pipeline_folders(folder: Path) -> dict[str, Path | None]:
-    """The folder of each part of a pipeline folder; None for a scorer that it does not have.
+    """The folder of each part of a pipeline folder; None for those that it need not have and does not.
 
     Raises:
         CheckpointError: `folder` is no pipeline folder.
     """
     if not (folder / PIPELINE).is_file():
         raise CheckpointError(f"{folder}: no {PIPELINE} in it; expected a pipeline folder with {', '.join(PARTS)}")
-    return {part: folder / part if part != "clip" or (folder / part).is_dir() else None for part in PARTS}
+    return {part: folder / part if part not in OPTIONAL or (folder / part).is_dir() else None for part in PARTS}
 
 
 def load_parts(folders: dict[str, Path | None]) -> Parts:
-    """Load the parts from a folder each (None for no `clip`) and check that they belong together.
+    """Load the parts from a folder each (None or nothing for no `clip` or `prior`); check that they belong together.
 
     Raises:
         CheckpointError: a part is missing or damaged, or does not belong with the others.
@@ -79,4 +81,12 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
             raise CheckpointError(f"{folders['gpt']}: reads embeddings of the scorer {encoder[:8]}, found none; "
                                   "put that one beside it")  # fmt: skip
         require_same("scorer", folders["gpt"], found=clip.fingerprint, expected=encoder, hint=hint)
-    return Parts(text, vq, gpt, clip)
+    prior = None
+    if folders.get("prior") is not None:
+        if not reads_embeddings(gpt):
+            raise CheckpointError(f"{folders['prior']}: a prior makes embeddings, but {folders['gpt']} reads a "
+                                  f"{trained.condition.kind}; leave the prior out")  # fmt: skip
+        prior = load_model(folders["prior"], PriorConfig, Prior)
+        require_same("scorer", folders["prior"], found=clip.fingerprint, expected=prior.config.scorer,
+                     hint="train a prior for this scorer with tools/train_prior.py")  # fmt: skip
+    return Parts(text, vq, gpt, clip, prior)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqt2i.clip import CLIP, embed_images, embed_texts, shifted_texts
+from vqt2i.clip import CLIP, Prior, embed_images, embed_texts, shifted_texts
 from vqt2i.data.images import fit_square, to_tensor
 from vqt2i.errors import PromptError
 from vqt2i.generation.prompts import Picture
@@ -25,11 +25,16 @@ def reads_embeddings(gpt: GPT) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class PromptReader:
-    """Reads prompts for a GPT with the tokenizer and scorer that belong to it. size_px: of the images it draws."""
+    """Reads prompts for a GPT with the tokenizer and scorer that belong to it.
+
+    prior: makes the embedding of a text that of an image; without one it is moved by what training measured. size_px:
+        of the images that are drawn.
+    """
 
     text: TextTokenizer
     gpt: GPT
     clip: CLIP | None
+    prior: Prior | None
     size_px: int
 
     def require_readable(self, prompt: Prompt) -> None:
@@ -61,8 +66,15 @@ class PromptReader:
             return int(prompt or 0)
         asked_E = self.embed(prompt).cpu()
         if isinstance(prompt, str):
-            asked_E = shifted_texts(asked_E, self.gpt.reader.text_shift.cpu())
+            asked_E = self._as_image(asked_E)
         return Vectors(1, asked_E.numpy().tobytes())
+
+    @torch.inference_mode()
+    def _as_image(self, text_E: Tensor) -> Tensor:
+        """The embedding of a text, brought to where the GPT has read those of images."""
+        if self.prior is not None:
+            return self.prior(text_E)
+        return shifted_texts(text_E, self.gpt.reader.text_shift.cpu())
 
     @property
     def most_ids(self) -> int | None:
