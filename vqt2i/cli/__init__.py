@@ -29,6 +29,7 @@ VERBS = (
     "evaluate",
     "diagnose",
     "make_pipeline",
+    "import_checkpoint",
     "benchmark",
 )
 

@@ -178,6 +178,10 @@ class _Measuring:
         if index == self._n - 1 and isinstance(self._drawing, CompiledDrawing):
             self._remember(index)
 
+    def caption_scores(self) -> Tensor | None:
+        """As `Drawing.caption_scores`."""
+        return self._drawing.caption_scores()
+
     def _compile(self, index: int) -> None:
         self._since = self._now()
         try:

@@ -62,10 +62,11 @@ class _Asked(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """An image's ids, (height, width), and the passes of the GPT that it took."""
+    """An image's ids, (height, width), the passes of the GPT that it took, and its caption score if drawing gave it."""
 
     ids_HW: Tensor
     n_passes: int
+    caption: float | None
 
 
 def n_candidates(n: int, rerank: int | None) -> int:
@@ -333,7 +334,8 @@ class TextToImage:
         on_preview: Callable[[Preview], None] | None,
     ) -> Iterator[dict[Job, _Drawn]]:
         """Batches of images."""
-        n_tokens, n_passes = 0, {}
+        n_tokens, n_passes, captions = 0, {}, {}
+        captioned = asked.scorer in ("caption", "both") and not asked.mix
 
         def count_tokens(n: int) -> None:
             nonlocal n_tokens
@@ -350,7 +352,7 @@ class TextToImage:
             decode = partial(
                 decode_image_ids, self.engine.gpt(self.gpt), jobs, asked.sampling, asked.seed, start=start,
                 rows_at_once=len(jobs), on_token=count_tokens, on_partial=on_partial if on_preview else None,
-                on_passes=n_passes.__setitem__,
+                on_passes=n_passes.__setitem__, on_caption=captions.__setitem__ if captioned else None,
             )  # fmt: skip
             n_tokens, ids_BHW = 0, None
             with suppress(torch.OutOfMemoryError):
@@ -360,7 +362,10 @@ class TextToImage:
                 budget.ran_out(len(jobs))
                 packer.give_back(jobs)
             else:
-                yield {job: _Drawn(ids, n_passes.pop(job)) for job, ids in zip(jobs, ids_BHW, strict=True)}
+                yield {
+                    job: _Drawn(ids, n_passes.pop(job), captions.pop(job, None))
+                    for job, ids in zip(jobs, ids_BHW, strict=True)
+                }
 
     def _first_job(self, asked: _Asked, prompt_index: int) -> Job:
         condition = self._reader.condition(asked.prompts[prompt_index])
@@ -391,13 +396,17 @@ class TextToImage:
         jobs = sorted(drawn, key=lambda job: job.image_index)
         ids_BHW = torch.stack([drawn[job].ids_HW for job in jobs])
         pictures, scores, start = [], defaultdict(list), 0
+        captions = [drawn[job].caption for job in jobs]
+        scorer = asked.scorer
+        if scorer in ("caption", "both") and None not in captions:  # that score is there already
+            scorer = "clip" if scorer == "both" else None
         prompt = asked.prompts[jobs[0].prompt_index]
         while start < len(jobs):
             part_BHW = ids_BHW[start : start + budget.finished]
             done = None
             with suppress(torch.OutOfMemoryError):
                 image_B3HW = self._decode(part_BHW, budget.finished)
-                done = self._score(asked.scorer, image_B3HW, part_BHW, prompt, asked.mix) if asked.scorer else {}
+                done = self._score(scorer, image_B3HW, part_BHW, prompt, asked.mix) if scorer else {}
             if done is None:
                 budget.ran_out_finishing(len(part_BHW))
                 continue
@@ -406,6 +415,8 @@ class TextToImage:
             for name, score_B in done.items():
                 scores[name].append(score_B)
         ranking = {name: torch.cat(parts) for name, parts in scores.items()}
+        if scorer != asked.scorer:
+            ranking["caption"] = torch.tensor(captions)
         if len(ranking) > 1:
             ranking["both"] = combine(ranking)
         n_truncated = self._reader.n_unread(prompt)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vqt2i.config import Config
 from vqt2i.gpt.condition import ConditionBatch
 from vqt2i.gpt.model import GPT
+from vqt2i.nn.cache import BranchedCache
 from vqt2i.text.batch import TextBatch
 
 
@@ -87,18 +88,26 @@ def _image_loss(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, weights: 
     return GPTLoss(weights.image * nll.mean() + weights.z * z.mean(), nll.mean(), none, none, none)
 
 
-def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tensor:
+def caption_log_probability(
+    gpt: GPT, text: TextBatch, image_BI: Tensor, cache: BranchedCache | None = None
+) -> Tensor:
     """log p(text | image) in nats per token, EOT counted, (B,): the caption score of CogView (arXiv 2105.13290, §3.4).
 
     Dividing by the length lets captions of different lengths be compared.
+
+    Args:
+        cache: rows that have read the mark I2T and the first ids of the images; they read on. None reads it all.
     """
     sequences = gpt.layout.join_reversed(text, image_BI)
     # behind the longest text is padding only, which nothing before it sees
     start = gpt.layout.text_targets(reversed_order=True).start
     at = slice(start, start + int(text.n_ids_B.max()) + 1)
-    hidden = gpt(sequences.until(at.stop))
+    if cache is None:
+        hidden = gpt(sequences.until(at.stop))[:, at]
+    else:
+        hidden = gpt.read_on(sequences.part(1 + cache.n_filled, at.stop), cache)[:, at.start - at.stop :]
     counts = _shifted(sequences.real_BL, at)
-    nll, _ = token_nll(gpt.text_logits(hidden[:, at]), _shifted(sequences.ids_BL, at).clamp_max(gpt.layout.eot))
+    nll, _ = token_nll(gpt.text_logits(hidden), _shifted(sequences.ids_BL, at).clamp_max(gpt.layout.eot))
     return -(nll * counts).sum(1) / counts.sum(1)
 
 

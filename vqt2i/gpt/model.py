@@ -220,11 +220,9 @@ class GPT(nn.Module):
         Returns the logits after each of the last `n_scored` of them, (B, n_scored, n_image_ids).
         """
         first, visible = cache.n_filled, self.visible_by_layer()
-        before_B = cache.n_before_B if self.config.positions == "sequence" else None
-        x_BLD, cos_sin = self.embed(self.layout.image_part(image_BI, first), before_B)
         at_L = first + torch.arange(image_BI.shape[1], device=self.device)
         masks = visible and [seen_II[at_L][None, None] for seen_II in visible]
-        hidden = self.transformer(x_BLD, mask_B1LK=masks, cos_sin=cos_sin, cache=cache)
+        hidden = self.read_on(self.layout.image_part(image_BI, first), cache, masks)
         return self.image_logits(hidden[:, -n_scored:])
 
     def step_text(self, text_BL: Tensor, cache: BranchedCache) -> Tensor:
@@ -232,10 +230,18 @@ class GPT(nn.Module):
 
         Returns the logits after the last of them, (B, n_text_ids + 1).
         """
+        hidden = self.read_on(self.layout.text_part(text_BL, cache.n_filled), cache)
+        return self.text_logits(hidden[:, -1])  # whatever the sparsity, text sees the image
+
+    def read_on(self, part: Sequences, cache: BranchedCache, masks_B1LK: list[Tensor] | None = None) -> Tensor:
+        """Append what comes next in every row and return its last hidden states (B, L, D).
+
+        Args:
+            masks_B1LK: for each layer what is seen of the rows' own positions, (1, 1, L, I); None is all before.
+        """
         before_B = cache.n_before_B if self.config.positions == "sequence" else None
-        x_BLD, cos_sin = self.embed(self.layout.text_part(text_BL, cache.n_filled), before_B)
-        hidden = self.transformer(x_BLD, cos_sin=cos_sin, cache=cache)  # whatever the sparsity, text sees the image
-        return self.text_logits(hidden[:, -1])
+        x_BLD, cos_sin = self.embed(part, before_B)
+        return self.transformer(x_BLD, mask_B1LK=masks_B1LK, cos_sin=cos_sin, cache=cache)
 
     def _masks(self, sequences: Sequences) -> Tensor | list[Tensor | BlockMask]:
         """What each position sees, (B, 1, L, L): one mask for all layers or one for each."""

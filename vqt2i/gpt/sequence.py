@@ -15,7 +15,11 @@ text may leave free (DALL·E, Ramesh et al. 2021, arXiv 2102.12092, §2.2):
 
 Positions have three axes (text, row, column): a text token is (k, 0, 0) counted from its own start, so that padding
 changes nothing; an image token is (0, row + 1, column + 1); marks are (0, 0, 0), EOT follows its text.
-A text of no ids is the null condition of classifier-free guidance (Ho & Salimans 2022).
+A text of no ids is the null condition of classifier-free guidance (Ho & Salimans 2022). Read as other texts are, it has
+to be trained beside them; where the null is "image_first", its image is read as in the order image → text, which is
+trained already, and the rows that guided an image can go on to the score of its text:
+
+    null → image    PAD … PAD I2T i₁ … i_I
 
 Where vectors or a label stand for a text there are image ids only, and behind them one of each label and of the null:
 
@@ -27,11 +31,11 @@ B batch, S longest text, N vectors, I image ids, L sequence, A axes, D the model
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from vqt2i.config import Config
@@ -63,6 +67,10 @@ class Sequences(NamedTuple):
         """The positions before `end`, which is behind all vectors."""
         return Sequences(*(t[:, :end] for t in self[:3]), self.vectors_BND)
 
+    def part(self, start: int, end: int) -> "Sequences":
+        """The positions from `start` to before `end`, all behind vectors."""
+        return Sequences(*(t[:, start:end] for t in self[:3]))
+
     def causal_mask(self) -> Tensor:
         """Bool (B, 1, L, L): a query sees itself and the real positions before it.
 
@@ -78,6 +86,7 @@ class LayoutConfig(Config):
     """Sizes of a sequence; they follow from the tokenizers and the longest text.
 
     n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned".
+    null: how a text of no ids is read.
     """
 
     n_text_ids: NonNegativeInt = 0
@@ -86,6 +95,14 @@ class LayoutConfig(Config):
     grid_height: PositiveInt
     grid_width: PositiveInt
     padding: Literal["masked", "learned"] = "masked"
+    null: Literal["empty_text", "image_first"] = "empty_text"
+
+    @model_validator(mode="after")
+    def _an_image_that_comes_first_has_no_padding(self) -> Self:
+        if self.null == "image_first" and (self.padding == "learned" or not self.text_length):
+            raise ValueError(f"null image_first: found {self.padding} padding of {self.text_length} text ids; expected "
+                             "texts whose padding is masked")  # fmt: skip
+        return self
 
 
 @dataclass(frozen=True)
@@ -185,11 +202,17 @@ class SequenceLayout:
         ids = torch.where(order_BL <= 0, self.t2i, torch.where(order_BL == n_B1 + 1, self.eot, inner))
         ids = torch.where(order_BL < 0, self.pad, ids)
         ids = torch.where(order_BL > n_B1 + 1, self.first_learned_pad + order_BL - 2, ids)
-        boi = torch.full_like(ids[:, :1], self.boi)
         positions = torch.zeros(*ids.shape[:1], S + 3, 3, dtype=torch.long, device=ids.device)
         positions[:, : S + 2, 0] = order_BL.clamp_min(0)
-        real = torch.cat((order_BL >= 0, torch.ones_like(boi, dtype=torch.bool)), dim=1)
-        return Sequences(torch.cat((ids, boi), dim=1), positions, real)
+        ids = torch.cat((ids, torch.full_like(ids[:, :1], self.boi)), dim=1)
+        real = F.pad(order_BL >= 0, (0, 1), value=True)
+        if self.config.null == "image_first":
+            last_1L = torch.arange(S + 3, device=ids.device)[None] == S + 2
+            null_B1 = n_B1 == 0
+            ids = torch.where(null_B1, torch.where(last_1L, self.i2t, self.pad), ids)
+            positions = positions.masked_fill(null_B1[..., None], 0)
+            real = torch.where(null_B1, last_1L, real)
+        return Sequences(ids, positions, real)
 
     def vector_prefix(self, vectors_BND: Tensor, real_BN: Tensor) -> Sequences:
         """PAD … vectors: what stands before the image where vectors do. `real_BN`: bool, false for padding."""

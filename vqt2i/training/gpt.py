@@ -102,10 +102,10 @@ class GPTRunConfig(Config):
     text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
         folder, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are yet to be trained
         (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the images once,
-        "images" at every step. padding: as in `LayoutConfig`. bpe_dropout: probability that a merge of the text
+        "images" at every step. padding, null: as in `LayoutConfig`. bpe_dropout: probability that a merge of the text
         tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1, arXiv 2102.12092, §2.2).
     condition: what is read before an image. Without texts in it nothing else is said of texts: `text_tokenizer` is the
-        scorer's, and `text_length`, `padding`, `bpe_dropout` stay as they are.
+        scorer's, and `text_length`, `padding`, `null`, `bpe_dropout` stay as they are.
     """
 
     name: str = "gpt"
@@ -116,6 +116,7 @@ class GPTRunConfig(Config):
     source: Literal["store", "images"] = "store"
     text_length: PositiveInt = 32
     padding: Literal["masked", "learned"] = "masked"
+    null: Literal["empty_text", "image_first"] = "empty_text"
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
     transformer: TransformerConfig = TransformerConfig()
     positions: Positions = "rotary"
@@ -134,7 +135,7 @@ class GPTRunConfig(Config):
 
     @model_validator(mode="after")
     def _settings_of_texts_are_for_texts(self) -> "GPTRunConfig":
-        wrong = {name: getattr(self, name) for name in ("text_length", "padding", "bpe_dropout")}
+        wrong = {name: getattr(self, name) for name in ("text_length", "padding", "null", "bpe_dropout")}
         wrong = {name: value for name, value in wrong.items() if value != type(self).model_fields[name].default}
         wrong |= {"training.reversed_share": share} if (share := self.training.reversed_share) else {}
         if wrong and self.condition.kind != "text":
@@ -155,7 +156,8 @@ class GPTRunConfig(Config):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
         condition, reads_text = model_condition(self.condition, scorer), self.condition.kind == "text"
-        text = {"n_text_ids": sizes.n_text_ids, "text_length": self.text_length, "padding": self.padding}
+        text = {name: getattr(self, name) for name in ("text_length", "padding", "null")}
+        text["n_text_ids"] = sizes.n_text_ids
         image = sizes.model_dump(exclude={"n_text_ids"})
         return GPTConfig(
             transformer=self.transformer,

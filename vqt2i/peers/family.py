@@ -1,0 +1,129 @@
+"""What an importer of one family of public checkpoints is, and what runs it: read, recognise, convert, check."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqt2i.clip import CLIP, CLIPConfig
+from vqt2i.config import Config
+from vqt2i.gpt import GPT, GPTConfig
+from vqt2i.peers.reading import Checkpoint, read_checkpoint
+from vqt2i.peers.table import Table
+from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+
+Kind = Literal["vqgan", "gpt", "clip"]
+MODELS: dict[Kind, tuple[type[Config], type[nn.Module]]] = {
+    "vqgan": (ImageTokenizerConfig, ImageTokenizer),
+    "gpt": (GPTConfig, GPT),
+    "clip": (CLIPConfig, CLIP),
+}
+
+
+class Options(NamedTuple):
+    """What the weights do not tell.
+
+    settings: a file of the family's own format with its settings; None is one that lies beside the checkpoint.
+    image_size_px: side of the images that an image tokenizer is for. vq: folder of the image tokenizer that made a
+    GPT's ids. text_encoder: folder of the encoder whose features a GPT reads.
+    """
+
+    settings: Path | None = None
+    image_size_px: int | None = None
+    vq: Path | None = None
+    text_encoder: Path | None = None
+
+
+class Compared(NamedTuple):
+    """One output of a model beside the published code's. found: the largest difference, or how many ids differ."""
+
+    name: str
+    found: float
+    allowed: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.found <= self.allowed  # false for NaN
+
+
+class Family(ABC):
+    """One family: from a checkpoint to our configuration and a table of names, and back where `settings_of` is made.
+
+    Attributes:
+        name: what the user calls it. kind: of our model. repository, licence: of code and weights, as their authors
+            state them.
+        markers: names that its checkpoints have and no others do together.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    repository: ClassVar[str]
+    licence: ClassVar[str]
+    markers: ClassVar[tuple[str, ...]]
+
+    def read(self, path: Path) -> Checkpoint:
+        """The checkpoint's tensors by name."""
+        return read_checkpoint(path)
+
+    def recognises(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a checkpoint is of this family, by the names in it."""
+        return all(name in tensors for name in self.markers)
+
+    @abstractmethod
+    def config(self, checkpoint: Checkpoint, options: Options) -> Config:
+        """Our configuration, from the shapes of the weights and the settings beside them.
+
+        Raises:
+            CheckpointError, ConfigError: something that we have no choice for, or that nothing tells.
+        """
+
+    @abstractmethod
+    def table(self, config: Config) -> Table:
+        """Our names, and what of theirs each is made of."""
+
+    def ignored(self, name: str) -> bool:
+        """Whether a name that the table does not read may be there: a discriminator, say."""
+        return False
+
+    def facts(self, options: Options) -> dict[str, Any]:
+        """What our card of the model says besides its source and licence."""
+        return {}
+
+    @abstractmethod
+    def compare(self, model: nn.Module, io: Mapping[str, Tensor]) -> Iterator[Compared]:
+        """The model's outputs beside recorded ones, of those inputs and outputs that are there."""
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Of two tensors of one shape; infinite where the shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found.double() - expected.double()).abs().max())
+
+
+def n_different(found: Tensor, expected: Tensor) -> float:
+    """How many ids differ; infinite where the shapes do."""
+    return float((found != expected).sum()) if found.shape == expected.shape else float("inf")
+
+
+def compare_tokenizer(
+    model: ImageTokenizer, io: Mapping[str, Tensor], latents: Callable[[Tensor], Tensor], tolerance: float = 1e-4
+) -> Iterator[Compared]:
+    """Of images `x` and such as `x_rect`: latents `z`, ids `indices`, and the picture of these, unclamped, `rec`.
+
+    latents: from images to what is quantized.
+    """
+    with torch.inference_mode():
+        for suffix in (name.removeprefix("rec") for name in io if name == "rec" or name.startswith("rec_")):
+            if f"x{suffix}" not in io:
+                continue
+            images = io[f"x{suffix}"].float()
+            ids_BHW = io[f"indices{suffix}"]
+            pictures = model.decoder(model.quantizer.decode(ids_BHW))
+            if f"z{suffix}" in io:
+                yield Compared(f"z{suffix}", largest_difference(latents(images), io[f"z{suffix}"]), tolerance)
+            yield Compared(f"indices{suffix}", n_different(model.encode(images), ids_BHW), 0)
+            yield Compared(f"rec{suffix}", largest_difference(pictures, io[f"rec{suffix}"]), tolerance)
