@@ -128,7 +128,7 @@ def test_the_tools_take_a_run_of_it(runs: Path, pipeline_parts, tmp_path: Path, 
     write_pipeline(pipeline_parts, PipelineConfig(), tmp_path / "bound", "fp32")
     command = ["generate", "a red square", "--n", "1", "--model", str(tmp_path / "bound"), "--out"]
     assert main([*command, "with", "--prior", str(runs / "prior")]) == 0
-    assert f"prior: {runs / 'prior'}" in capsys.readouterr().err
+    assert f"given: prior {runs / 'prior' / 'model'}" in capsys.readouterr().err
     assert main([*command, "without"]) == 0
     assert (
         '"prior"' in Path("with/request.json").read_text() and '"prior"' not in Path("without/request.json").read_text()

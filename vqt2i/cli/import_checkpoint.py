@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vq", type=Path, metavar="DIR", help="of a GPT: its image tokenizer, imported before")
     parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="of a GPT that reads features of texts: the "
                         "encoder's local folder")  # fmt: skip
+    parser.add_argument("--text", type=Path, metavar="PATH", help="of a scorer: its tokenizer (default: the one beside "
+                        "the checkpoint)")  # fmt: skip
     parser.add_argument("--check", type=Path, metavar="IO", help="safetensors of recorded inputs and outputs, which "
                         "the model must reproduce")  # fmt: skip
 
@@ -31,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
 
     if args.family not in FAMILIES:
         raise UserError(f"family {args.family!r}: expected one of {', '.join(FAMILIES)}")
-    options = Options(args.settings, args.image_size, args.vq, args.text_encoder)
+    options = Options(args.settings, args.image_size, args.vq, args.text_encoder, args.text)
     fingerprint = import_checkpoint(FAMILIES[args.family], args.path, args.out, options, check=args.check)
     print(f"{args.out}: {fingerprint[:8]}")

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 
 from vqt2i.checkpoint import CARD, CONFIG, load_model, read_card, save_model
-from vqt2i.clip import CLIP
-from vqt2i.clip.huggingface import CONFIG_JSON, HuggingFaceCLIP, fingerprint_of, load_scorer
+from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import build_config, load_config, save_config
 from vqt2i.errors import CheckpointError
 from vqt2i.files import new_folder, write_atomic
@@ -31,13 +30,13 @@ def find_image_tokenizer(folder: Path | None, runs: Path) -> tuple[Path, ImageTo
     return folder, load_model(folder, ImageTokenizerConfig, ImageTokenizer)
 
 
-def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP | HuggingFaceCLIP]:
+def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP]:
     """The scorer of `folder`, else the newest in `runs`, else the shipped one; says which."""
     if folder is None:
         trained = trained_models(runs).get("clip", [])
         folder = trained[0] if trained else SHIPPED / DEFAULT_SHIPPED / "clip"
         say(f"scorer: {folder}" + ("" if trained else " (shipped; none trained yet)"))
-    return folder, load_scorer(folder)
+    return folder, load_model(folder, CLIPConfig, CLIP)
 
 
 def trained_models(runs: Path) -> dict[str, list[Path]]:
@@ -73,31 +72,28 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
     if "scorer" in card:
         clip = _by_fingerprint("scorer", models.get("clip", []), card["scorer"], gpt_folder)
         return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": clip}
-    scorers = [
-        clip for clip in models.get("clip", [])
-        if _same_text(clip, card) and read_card(clip)["data"]["fingerprint"] == card["data"]["fingerprint"]
-    ]  # fmt: skip
+    scorers = [clip for clip in models.get("clip", []) if _same_training(read_card(clip), card)]
     return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": scorers[0] if scorers else None}
 
 
 def find_parts(
-    model: str | None, runs: Path, prior: Path | None = None
+    model: str | None, runs: Path, *, clip: Path | None = None, prior: Path | None = None
 ) -> tuple[dict[str, Path | None], PipelineConfig]:
     """The folders of a pipeline's parts and its defaults; says which.
 
     Args:
         model: a shipped pipeline's name, a pipeline folder, or a GPT run; None is the newest GPT trained in `runs`,
             else the shipped pipeline.
-        prior: a run or a model folder; None is the pipeline folder's own, if it has one.
+        clip, prior: a run or a model folder; None is the pipeline's own, if it has one.
 
     Raises:
         CheckpointError: nothing of this name, or a part is gone.
     """
     folders, config = _find_pipeline(model, runs)
-    if prior is None:
-        return folders, config
-    say(f"prior: {prior}")
-    return folders | {"prior": _model_in(prior)}, config
+    given = {name: _model_in(folder) for name, folder in (("clip", clip), ("prior", prior)) if folder}
+    if given:
+        say("given: " + ", ".join(f"{name} {folder}" for name, folder in given.items()))
+    return folders | given, config
 
 
 def _find_pipeline(model: str | None, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
@@ -127,10 +123,11 @@ def _model_in(folder: Path) -> Path:
 
 
 def open_pipeline(
-    model: str | None, runs: Path, device: str = "auto", *, prior: Path | None = None, **placement: Any
-) -> TextToImage:
+    model: str | None, runs: Path, device: str = "auto", *,
+    clip: Path | None = None, prior: Path | None = None, **placement: Any,
+) -> TextToImage:  # fmt: skip
     """Load what `find_parts` finds. placement: what `TextToImage.load` takes by name."""
-    return TextToImage.from_parts(*find_parts(model, runs, prior), device, **placement)
+    return TextToImage.from_parts(*find_parts(model, runs, clip=clip, prior=prior), device, **placement)
 
 
 def _trained_pipeline(gpt_folder: Path, runs: Path) -> tuple[dict[str, Path | None], PipelineConfig]:
@@ -163,6 +160,9 @@ def write_pipeline(
                 card = {key: value for key, value in read_card(folders[part]).items() if key != "fingerprint"}
                 weights = torch.bfloat16 if dtype == "bf16" else torch.float32
                 save_model(partial / part, module, module.config, card, weights)
+        if pipeline.clip_text is not pipeline.text:
+            for name, content in pipeline.clip_text.files.items():
+                write_atomic(partial / "clip" / name, content)
         save_config(config, partial / PIPELINE)
 
 
@@ -175,9 +175,7 @@ def _defaults(gpt_folder: Path) -> PipelineConfig:
 def _by_fingerprint(what: str, folders: list[Path], wanted: dict[str, str], gpt_folder: Path) -> Path:
     for folder in [Path(wanted["path"]), *folders]:
         try:
-            foreign = (folder / CONFIG_JSON).is_file() and not (folder / CARD).is_file()
-            found = fingerprint_of(folder) if foreign else read_card(folder)["fingerprint"]
-            if found == wanted["fingerprint"]:
+            if read_card(folder)["fingerprint"] == wanted["fingerprint"]:
                 return folder
         except (CheckpointError, KeyError):
             continue
@@ -185,5 +183,7 @@ def _by_fingerprint(what: str, folders: list[Path], wanted: dict[str, str], gpt_
                           "keep the run that made it beside this one")  # fmt: skip
 
 
-def _same_text(clip_folder: Path, gpt_card: dict) -> bool:
-    return read_card(clip_folder)["text_tokenizer"]["fingerprint"] == gpt_card["text_tokenizer"]["fingerprint"]
+def _same_training(card: dict[str, Any], gpt_card: dict[str, Any]) -> bool:
+    """Whether a scorer was trained on what a GPT was; one that was imported was not."""
+    names = ("text_tokenizer", "data")
+    return all(card.get(name, {}).get("fingerprint") == gpt_card[name]["fingerprint"] for name in names)

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vqt2i.checkpoint import load_model, require_same
-from vqt2i.clip import CLIP, Prior, PriorConfig
-from vqt2i.clip.huggingface import load_scorer
+from vqt2i.clip import CLIP, CLIPConfig, Prior, PriorConfig
 from vqt2i.config import Config
 from vqt2i.errors import CheckpointError
 from vqt2i.generation.reading import reads_embeddings
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
-from vqt2i.text import TextTokenizer, load_tokenizer
+from vqt2i.text import TextTokenizer, load_own_tokenizer, load_tokenizer
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 PARTS = ("text", "vq", "gpt", "clip", "prior")
@@ -27,12 +26,13 @@ class PipelineConfig(Config):
 
 
 class Parts(NamedTuple):
-    """A pipeline's models. `clip` and `prior` may be None."""
+    """A pipeline's models. `clip` and `prior` may be None. clip_text: the tokenizer that `clip` reads, often `text`."""
 
     text: TextTokenizer
     vq: ImageTokenizer
     gpt: GPT
     clip: CLIP | None
+    clip_text: TextTokenizer
     prior: Prior | None
 
 
@@ -65,13 +65,14 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
     require_same(
         "image tokenizer", folders["gpt"], found=vq.fingerprint, expected=trained.image_tokenizer, hint=hint
     )
-    clip = None
+    clip, clip_text = None, text
     if folders["clip"] is not None:
-        clip = load_scorer(folders["clip"])
+        clip = load_model(folders["clip"], CLIPConfig, CLIP)
+        clip_text = load_own_tokenizer(folders["clip"]) or text
         require_same(
             "text tokenizer",
             folders["clip"],
-            found=text.fingerprint,
+            found=clip_text.fingerprint,
             expected=clip.config.text_tokenizer,
             hint=hint,
         )
@@ -89,4 +90,4 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
         prior = load_model(folders["prior"], PriorConfig, Prior)
         require_same("scorer", folders["prior"], found=clip.fingerprint, expected=prior.config.scorer,
                      hint="train a prior for this scorer with tools/train_prior.py")  # fmt: skip
-    return Parts(text, vq, gpt, clip, prior)
+    return Parts(text, vq, gpt, clip, clip_text, prior)

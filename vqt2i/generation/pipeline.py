@@ -100,8 +100,15 @@ class TextToImage:
         config: PipelineConfig,
         engine: Engine | None = None,
         prior: Prior | None = None,
+        clip_text: TextTokenizer | None = None,
     ) -> None:
-        """engine: None is what `Engine` chooses where the GPT is. prior: on the CPU, for it reads a vector a prompt."""
+        """
+        Args:
+            engine: None is what `Engine` chooses where the GPT is.
+            prior: stays on the CPU, for it reads one vector for each prompt.
+            clip_text: the tokenizer that `clip` reads; None is `text`.
+        """
+        self.clip_text = clip_text or text
         self.text, self.vq, self.gpt, self.clip, self.prior, self.config = text, vq, gpt, clip, prior, config
         self.engine = engine or Engine("auto", "auto", gpt.device)
         self.memory: int | None = None
@@ -150,9 +157,9 @@ class TextToImage:
         offload: Offload = "auto",
     ) -> "TextToImage":
         """Load parts from a folder each (see `load_parts`) and check that they belong together; see `load`."""
-        text, vq, gpt, clip, prior = load_parts(folders)
+        text, vq, gpt, clip, clip_text, prior = load_parts(folders)
         place = pick_device(device)
-        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place), prior)
+        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place), prior, clip_text)
         pipeline.gpt_folder = folders["gpt"]
         pipeline.place(place, None if memory_gb is None else int(memory_gb * 1e9), offload)
         return pipeline
@@ -289,7 +296,8 @@ class TextToImage:
 
     @property
     def _reader(self) -> PromptReader:
-        return PromptReader(self.text, self.gpt, self.clip, self.prior, self.vq.config.image_size_px)
+        size_px = self.vq.config.image_size_px
+        return PromptReader(self.text, self.gpt, self.clip, self.clip_text, self.prior, size_px)
 
     def _beside(
         self, negative: str | None, mix: Mix | None, sampling: SamplingConfig

@@ -27,6 +27,7 @@ def reads_embeddings(gpt: GPT) -> bool:
 class PromptReader:
     """Reads prompts for a GPT with the tokenizer and scorer that belong to it.
 
+    clip_text: the tokenizer that the scorer reads.
     prior: makes the embedding of a text that of an image; without one it is moved by what training measured. size_px:
         of the images that are drawn.
     """
@@ -34,6 +35,7 @@ class PromptReader:
     text: TextTokenizer
     gpt: GPT
     clip: CLIP | None
+    clip_text: TextTokenizer
     prior: Prior | None
     size_px: int
 
@@ -53,7 +55,7 @@ class PromptReader:
     def embed(self, prompt: Prompt) -> Tensor:
         """The scorer's embedding of a prompt, (E,)."""
         if isinstance(prompt, str):
-            return embed_texts(self.clip, [self.text.encode(prompt)])[0]
+            return embed_texts(self.clip, [self.clip_text.encode(prompt)])[0]
         # as training saw it: at the size of the images that are drawn
         pixels = to_tensor(fit_square(prompt.image_HW3, self.size_px))
         return embed_images(self.clip, pixels[None].to(next(self.clip.parameters()).device))[0]
@@ -87,4 +89,5 @@ class PromptReader:
         """How many ids at a prompt's end do not fit what reads them."""
         if isinstance(prompt, Picture) or self.most_ids is None:
             return 0
-        return max(0, len(self.text.encode(prompt)) - self.most_ids)
+        tokenizer = self.clip_text if reads_embeddings(self.gpt) else self.text
+        return max(0, len(tokenizer.encode(prompt)) - self.most_ids)

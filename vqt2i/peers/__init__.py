@@ -1,8 +1,9 @@
 """Public checkpoints, opened: one importer per family, by the name that a user gives."""
 
+from vqt2i.peers.clip import CLIPFamily
 from vqt2i.peers.family import Compared, Family, Options
 from vqt2i.peers.taming import TamingGumbel, TamingVQGAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (TamingVQGAN(), TamingGumbel())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (TamingVQGAN(), TamingGumbel(), CLIPFamily())}
 
 __all__ = ["FAMILIES", "Compared", "Family", "Options"]

@@ -28,13 +28,15 @@ class Options(NamedTuple):
 
     settings: a file of the family's own format with its settings; None is one that lies beside the checkpoint.
     image_size_px: side of the images that an image tokenizer is for. vq: folder of the image tokenizer that made a
-    GPT's ids. text_encoder: folder of the encoder whose features a GPT reads.
+    GPT's ids. text_encoder: folder of the encoder whose features a GPT reads. text: a file or folder with the tokenizer
+    of a scorer; None is one that lies beside the checkpoint.
     """
 
     settings: Path | None = None
     image_size_px: int | None = None
     vq: Path | None = None
     text_encoder: Path | None = None
+    text: Path | None = None
 
 
 class Compared(NamedTuple):
@@ -72,6 +74,10 @@ class Family(ABC):
         """Whether a checkpoint is of this family, by the names in it."""
         return all(name in tensors for name in self.markers)
 
+    def of(self, checkpoint: Checkpoint) -> "Family":
+        """The importer of this checkpoint, where a family is published with its weights under several names."""
+        return self
+
     @abstractmethod
     def config(self, checkpoint: Checkpoint, options: Options) -> Config:
         """Our configuration, from the shapes of the weights and the settings beside them.
@@ -90,6 +96,10 @@ class Family(ABC):
 
     def facts(self, options: Options) -> dict[str, Any]:
         """What our card of the model says besides its source and licence."""
+        return {}
+
+    def files(self, checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
+        """What lies in the model's folder besides its own files, by name: a tokenizer, say."""
         return {}
 
     @abstractmethod
