@@ -86,6 +86,9 @@ def load_own_tokenizer(folder: Path) -> HuggingFaceTokenizer | None:
 def find_clip_tokenizer(path: Path) -> HuggingFaceTokenizer | None:
     """The tokenizer in a file or folder, in any form that CLIP's is published in; None where a folder has none.
 
+    It reads texts as that of `transformers` does; OpenAI's and open_clip's first mend a text by `ftfy` (curly quotes
+    become straight ones, say) and read HTML entities.
+
     Raises:
         CheckpointError: a file in another form, or a damaged one. ConfigError: the library `tokenizers` is missing.
     """
