@@ -50,6 +50,9 @@ GPT_KINDS = {
         "positions": "learned", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu_quick"}),
         "sparsity": RowColumnConfig(conv_size=3), "padding": "learned",
     },
+    "LlamaGen": {
+        "positions": "rotary_image", "transformer": TRANSFORMER.model_copy(update={"norm_eps": 1e-5, "qk_norm": False}),
+    },
     "pivots": {"transformer": WIDE, "sparsity": PivotWindowConfig(n_pivots=2, block_size=2, n_blocks=1)},
 }  # fmt: skip
 

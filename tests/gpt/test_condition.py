@@ -18,6 +18,7 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import (
     GPT,
     Condition,
+    FeatureCondition,
     GPTConfig,
     LabelCondition,
     LayoutConfig,
@@ -33,6 +34,7 @@ from vqt2i.nn.transformer import TransformerConfig
 WIDTH = 8
 EMBEDDING = VectorCondition(width=WIDTH, encoder="c")
 FEATURES = VectorCondition(n_vectors=4, width=WIDTH, projection=MLPProjection(width=12, bias=False), encoder="c")
+T5 = FeatureCondition(**FEATURES.model_dump(exclude={"kind"}))
 KINDS = {
     "CLIP-GEN": {"condition": EMBEDDING, "positions": "sequence"},
     "CLIP-GEN, rotary": {"condition": EMBEDDING},
@@ -40,6 +42,8 @@ KINDS = {
     "T5 features, learned positions": {"condition": FEATURES, "positions": "learned"},
     "T5 features, positions of the whole": {"condition": FEATURES, "positions": "sequence"},
     "label": {"condition": LabelCondition(n_labels=3)},
+    "LlamaGen, features": {"condition": T5, "positions": "rotary_image"},
+    "LlamaGen, label": {"condition": LabelCondition(n_labels=3), "positions": "rotary_image"},
     "unconditional": {"condition": LabelCondition(), "positions": "raster"},
 }
 GUIDED = SamplingConfig(guidance=3.0)

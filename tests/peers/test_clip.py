@@ -376,7 +376,8 @@ def test_a_large_scale_is_exported_as_it_is_used(folder: Path, tmp_path: Path) -
 
 def test_a_scorer_with_choices_of_ours_is_not_exported(model_folders: Path, tmp_path: Path, fails) -> None:
     told = fails("export", model_folders / "clip", "--to", "hf-clip", "--out", tmp_path / "back")
-    assert "has no image_readout mean, text_readout mean, vision.norm rms, vision.bias False" in told
+    assert "clip has no place for image_readout.kind mean, text_readout.kind mean, vision.norm rms" in told
+    assert "vision.mlp swiglu" in told
     assert not (tmp_path / "back").exists()
     told = fails("export", model_folders / "clip", "--to", "hf-clip", "--step", 3, "--out", tmp_path / "back")
     assert "--to hf-clip: of a model folder" in told

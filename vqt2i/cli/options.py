@@ -60,7 +60,9 @@ def _resume(value: str) -> str | Path:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """--guidance, --temperature and the other settings of `SamplingConfig`."""
+    """--sampling, --guidance, --temperature and the other settings of `SamplingConfig`."""
+    parser.add_argument("--sampling", type=Path, metavar="FILE", help="settings in a YAML file, such as those in "
+                        "configs/sampling; what is given beside it wins (default: the model's own)")  # fmt: skip
     parser.add_argument("--guidance", type=float, metavar="S", help="1 is none (default: the model's own)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"),
                         help="the shares of an image's tokens from and to which guidance acts "
@@ -133,9 +135,11 @@ def placement_from(args: argparse.Namespace, place: "Place") -> dict[str, Any]:
 
 
 def sampling_from(args: argparse.Namespace, defaults: "SamplingConfig") -> "SamplingConfig":
-    """A model's sampling defaults with what was given on the command line."""
-    from vqt2i.config import build_config
+    """A model's sampling defaults, or those of --sampling, with what was given on the command line."""
+    from vqt2i.config import build_config, load_config
 
+    if args.sampling is not None:
+        defaults = load_config(type(defaults), args.sampling)
     given = {name: value for name in type(defaults).model_fields if (value := getattr(args, name)) is not None}
     return build_config(type(defaults), defaults.model_dump() | given, "sampling")
 

@@ -68,7 +68,7 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
         raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or a GPT run")
     models = trained_models(runs)
     vq = _by_fingerprint("image tokenizer", models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
-    text = Path(card["text_tokenizer"]["path"])
+    text = next((Path(card[part]["path"]) for part in ("text_tokenizer", "text_encoder") if part in card), None)
     if "scorer" in card:
         clip = _by_fingerprint("scorer", models.get("clip", []), card["scorer"], gpt_folder)
         return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": clip}
@@ -149,10 +149,12 @@ def write_pipeline(
     """
     pipeline = TextToImage.from_parts(folders, config, "cpu")
     with new_folder(out) as partial:
-        (partial / "text").mkdir()
-        for name, content in pipeline.text.files.items():
-            write_atomic(partial / "text" / name, content)
-        known = ["vq", *(["clip"] if reads_embeddings(pipeline.gpt) else []), *(["prior"] if pipeline.prior else [])]
+        known = ["vq", *(["clip"] if reads_embeddings(pipeline.gpt) else []), *(["text"] if pipeline.encoder else []),
+                 *(["prior"] if pipeline.prior else [])]  # fmt: skip
+        if pipeline.text and not pipeline.encoder:
+            (partial / "text").mkdir()
+            for name, content in pipeline.text.files.items():
+                write_atomic(partial / "text" / name, content)
         for part in known:
             shutil.copytree(folders[part], partial / part)
         for part, module in (("gpt", pipeline.gpt), ("clip", pipeline.clip)):
@@ -184,6 +186,7 @@ def _by_fingerprint(what: str, folders: list[Path], wanted: dict[str, str], gpt_
 
 
 def _same_training(card: dict[str, Any], gpt_card: dict[str, Any]) -> bool:
-    """Whether a scorer was trained on what a GPT was; one that was imported was not."""
+    """Whether a scorer was trained on what a GPT was, texts and all; one that was imported was not."""
     names = ("text_tokenizer", "data")
-    return all(card.get(name, {}).get("fingerprint") == gpt_card[name]["fingerprint"] for name in names)
+    return all(name in card and name in gpt_card and card[name]["fingerprint"] == gpt_card[name]["fingerprint"]
+               for name in names)  # fmt: skip

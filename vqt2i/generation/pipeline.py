@@ -43,6 +43,7 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, Condition
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text
+from vqt2i.text.encoder import TextEncoder
 from vqt2i.vq import ImageTokenizer
 
 Offload = Literal["auto", "never", "always"]
@@ -93,23 +94,24 @@ class TextToImage:
 
     def __init__(
         self,
-        text: TextTokenizer,
+        text: TextTokenizer | None,
         vq: ImageTokenizer,
         gpt: GPT,
         clip: CLIP | None,
         config: PipelineConfig,
         engine: Engine | None = None,
-        prior: Prior | None = None,
         clip_text: TextTokenizer | None = None,
+        prior: Prior | None = None,
+        encoder: TextEncoder | None = None,
     ) -> None:
         """
         Args:
             engine: None is what `Engine` chooses where the GPT is.
-            prior: stays on the CPU, for it reads one vector for each prompt.
             clip_text: the tokenizer that `clip` reads; None is `text`.
+            prior, encoder: stay on the CPU, a prompt is read once.
         """
-        self.clip_text = clip_text or text
-        self.text, self.vq, self.gpt, self.clip, self.prior, self.config = text, vq, gpt, clip, prior, config
+        self.clip_text, self.prior, self.encoder = clip_text or text, prior, encoder
+        self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
         self.engine = engine or Engine("auto", "auto", gpt.device)
         self.memory: int | None = None
         self.away: tuple[nn.Module, ...] = ()
@@ -157,9 +159,12 @@ class TextToImage:
         offload: Offload = "auto",
     ) -> "TextToImage":
         """Load parts from a folder each (see `load_parts`) and check that they belong together; see `load`."""
-        text, vq, gpt, clip, clip_text, prior = load_parts(folders)
+        parts = load_parts(folders)
         place = pick_device(device)
-        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place), prior, clip_text)
+        pipeline = cls(
+            parts.text, parts.vq, parts.gpt, parts.clip, config, Engine(engine, precision, place), parts.clip_text,
+            parts.prior, parts.encoder,
+        )  # fmt: skip
         pipeline.gpt_folder = folders["gpt"]
         pipeline.place(place, None if memory_gb is None else int(memory_gb * 1e9), offload)
         return pipeline
@@ -188,7 +193,8 @@ class TextToImage:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Content hash of each part."""
-        parts = {"text": self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip, "prior": self.prior}
+        parts = {"text": self.encoder or self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip,
+                 "prior": self.prior}  # fmt: skip
         return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
     @property
@@ -297,7 +303,7 @@ class TextToImage:
     @property
     def _reader(self) -> PromptReader:
         size_px = self.vq.config.image_size_px
-        return PromptReader(self.text, self.gpt, self.clip, self.clip_text, self.prior, size_px)
+        return PromptReader(self.text, self.gpt, self.clip, size_px, self.clip_text, self.prior, self.encoder)
 
     def _beside(
         self, negative: str | None, mix: Mix | None, sampling: SamplingConfig

@@ -12,39 +12,41 @@ from vqt2i.clip import CLIP, Prior, embed_images, embed_texts, shifted_texts
 from vqt2i.data.images import fit_square, to_tensor
 from vqt2i.errors import PromptError
 from vqt2i.generation.prompts import Picture
-from vqt2i.gpt import GPT, Condition, LabelCondition, VectorCondition, Vectors
+from vqt2i.gpt import GPT, Condition, LabelCondition, Vectors
 from vqt2i.text import TextTokenizer
+from vqt2i.text.cleaning import clean_web_caption
+from vqt2i.text.encoder import TextEncoder
 
 Prompt = str | Picture
+READS = {"text": "a text", "features": "features of a text", "label": "a label"}
 
 
 def reads_embeddings(gpt: GPT) -> bool:
     """Whether a GPT reads a scorer's embeddings, of texts or of pictures."""
-    return isinstance(gpt.config.condition, VectorCondition)
+    return gpt.config.condition.kind == "vectors"
 
 
 @dataclass(frozen=True, eq=False)
 class PromptReader:
-    """Reads prompts for a GPT with the tokenizer and scorer that belong to it.
+    """Reads prompts for a GPT with what belongs to it; see `Parts`. size_px: of the images it draws.
 
-    clip_text: the tokenizer that the scorer reads.
-    prior: makes the embedding of a text that of an image; without one it is moved by what training measured. size_px:
-        of the images that are drawn.
+    With a prior the embedding of a text is made that of an image; without one it is moved by what training measured.
     """
 
-    text: TextTokenizer
+    text: TextTokenizer | None
     gpt: GPT
     clip: CLIP | None
-    clip_text: TextTokenizer
-    prior: Prior | None
     size_px: int
+    clip_text: TextTokenizer | None = None
+    prior: Prior | None = None
+    encoder: TextEncoder | None = None
 
     def require_readable(self, prompt: Prompt) -> None:
         """Raises PromptError for a prompt of a kind that the GPT does not read."""
         condition = self.gpt.config.condition
         if isinstance(prompt, Picture) and not reads_embeddings(self.gpt):
-            raise PromptError(f"picture {prompt.name}: this GPT reads a {condition.kind}; variations need one that "
-                              "reads embeddings, as configs/gpt/clip_gen_tiny.yaml trains it")  # fmt: skip
+            raise PromptError(f"picture {prompt.name}: this GPT reads {READS[condition.kind]}; variations need one "
+                              "that reads embeddings, as configs/gpt/clip_gen_tiny.yaml trains it")  # fmt: skip
         if isinstance(condition, LabelCondition):
             labels = [str(label) for label in range(condition.n_labels)] or [""]
             if prompt not in labels:
@@ -64,6 +66,9 @@ class PromptReader:
         """What the GPT reads of a prompt."""
         if self.gpt.layout.reads_text:
             return tuple(self.text.encode(prompt))
+        if self.encoder:
+            (features_SC,) = self.encoder.features([self.encoder.ids(self._cleaned(prompt), self.most_ids)])
+            return Vectors(len(features_SC), features_SC.cpu().numpy().tobytes())
         if not reads_embeddings(self.gpt):
             return int(prompt or 0)
         asked_E = self.embed(prompt).cpu()
@@ -83,11 +88,19 @@ class PromptReader:
         """How many ids of a prompt are read; None where it is no text."""
         if isinstance(self.gpt.config.condition, LabelCondition):
             return None
+        if self.encoder:
+            return self.gpt.config.condition.n_vectors
         return self.clip.config.text_length if reads_embeddings(self.gpt) else self.gpt.layout.config.text_length
+
+    def _cleaned(self, text: str) -> str:
+        """What the encoder reads of a text."""
+        return clean_web_caption(text) if self.gpt.config.condition.cleaning == "web" else text
 
     def n_unread(self, prompt: Prompt) -> int:
         """How many ids at a prompt's end do not fit what reads them."""
         if isinstance(prompt, Picture) or self.most_ids is None:
             return 0
+        if self.encoder:
+            return max(0, len(self.text.encode(self._cleaned(prompt))) + 1 - self.most_ids)
         tokenizer = self.clip_text if reads_embeddings(self.gpt) else self.text
         return max(0, len(tokenizer.encode(prompt)) - self.most_ids)

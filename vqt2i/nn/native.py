@@ -269,8 +269,8 @@ class NativeTransformer(nn.Module):
 def pack(weight_OI: Tensor, precision: NativePrecision) -> tuple[Tensor, Tensor | None]:
     """A matrix in the order in which native.cpp reads it, and for int8 the scale of each output.
 
-    Panels of 64 outputs; in a panel word by word of the inputs, of the smaller formats a multiple of 16 words; of a word
-    the 64 outputs side by side. What is lacking is 0.
+    Panels of 64 outputs; in a panel word by word of the inputs, of the smaller formats a multiple of 16 words; of a
+    word the 64 outputs side by side. What is lacking is 0.
     """
     weight, scale_O = weight_OI.detach().float(), None
     n_inputs = PER_WORD[precision] * (1 if precision == "fp32" else LANES)

@@ -11,30 +11,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from vqt2i.checkpoint import load_model
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.clip.model import MAX_LOGIT_SCALE, ClassReadout, EndReadout
 from vqt2i.config import build_config
 from vqt2i.data.images import to_tensor
 from vqt2i.errors import CheckpointError, ConfigError
-from vqt2i.files import new_folder, write_atomic, write_json
 from vqt2i.nn.transformer import TransformerConfig
-from vqt2i.peers.family import Compared, Family, Options, largest_difference
+from vqt2i.peers.family import Compared, Family, Options, differing, largest_difference
 from vqt2i.peers.reading import Checkpoint, read_checkpoint
-from vqt2i.peers.table import Changed, Row, Table, exported, prefixed, with_weights
+from vqt2i.peers.table import Changed, Row, Table, prefixed, with_weights
 from vqt2i.peers.torchscript import is_torchscript, read_torchscript
 from vqt2i.peers.vqgan import count
 from vqt2i.runtime import say
 from vqt2i.text.huggingface import FORMS, HuggingFaceTokenizer, find_clip_tokenizer, load_own_tokenizer
 
 FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-SETTINGS, PREPROCESSOR, OPEN_CLIP_SETTINGS = "config.json", "preprocessor_config.json", "open_clip_config.json"
+PREPROCESSOR, OPEN_CLIP_SETTINGS = "preprocessor_config.json", "open_clip_config.json"
 OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")  # numbers that lie among the weights there
 UNKNOWN = "unknown"  # in place of a tokenizer's fingerprint
 ACTIVATIONS = {"quick_gelu": "gelu_quick", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+COMMON = {"norm": "layer", "bias": True, "qk_norm": False}
 TOLERANCE = 1e-4
 # settings of open_clip that we have a choice for, or that do nothing when a model is read
 OPEN_CLIP_KNOWN = {
@@ -137,6 +136,7 @@ class CLIPFamily(Family):
     kind = "clip"
     repository = "https://github.com/openai/CLIP"
     markers = OPENAI.markers
+    project, weights_file, settings_file = "hf-clip", "model.safetensors", "config.json"
 
     def __init__(self, layout: Layout = HUGGING_FACE) -> None:
         self.layout, self.licence = layout, layout.licence
@@ -216,6 +216,40 @@ class CLIPFamily(Family):
                 f"({FORMS})")  # fmt: skip
         return tokenizer.files if tokenizer else {}
 
+    def misfits(self, config: CLIPConfig) -> list[str]:
+        expected = {"image_readout.kind": "class", "text_readout.kind": "end"} | {
+            f"{tower}.{name}": value for tower in ("vision", "text")
+            for name, value in {**COMMON, "norm_placement": "pre", "pb_relax": False}.items()
+        }  # fmt: skip
+        swiglu = [f"{tower}.mlp swiglu" for tower in ("vision", "text") if getattr(config, tower).mlp == "swiglu"]
+        found = differing(config, expected) + swiglu
+        if not found and config.text_readout.end_id == 2 and config.n_text_ids > 3:
+            found.append("text_readout.end_id 2, which stands for the highest id there")
+        return found
+
+    def settings_of(self, config: CLIPConfig) -> dict[str, Any]:
+        marks = config.text_readout
+        text = {"vocab_size": config.n_text_ids, "max_position_embeddings": config.text_length + 2,
+                "bos_token_id": marks.start_id, "eos_token_id": marks.end_id, "pad_token_id": marks.end_id}  # fmt: skip
+        vision = {"image_size": config.image_size_px, "patch_size": config.patch_size_px}
+        common = {"projection_dim": config.embedding_width}
+        return {
+            "architectures": ["CLIPModel"], "model_type": "clip", **common,
+            "vision_config": common | _tower_settings(config.vision) | vision,
+            "text_config": common | _tower_settings(config.text) | text,
+        }  # fmt: skip
+
+    def more_files(self, config: CLIPConfig, folder: Path) -> dict[str, bytes]:
+        side, tokenizer = config.image_size_px, load_own_tokenizer(folder)
+        pixels = {
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+            "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,  # bicubic
+            "do_center_crop": True, "crop_size": {"height": side, "width": side},
+            "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": config.pixel_mean, "image_std": config.pixel_std,
+        }  # fmt: skip
+        return {PREPROCESSOR: json.dumps(pixels, indent=1).encode()} | (tokenizer.files if tokenizer else {})
+
     def compare(self, model: CLIP, io: Mapping[str, Tensor]) -> Iterator[Compared]:
         """Embeddings of `pixels_uint8` and of `token_ids`, which have their marks, and the scaled similarities."""
         ids_BL = io["token_ids"]
@@ -229,83 +263,18 @@ class CLIPFamily(Family):
             yield Compared(name, largest_difference(value, io[name]), TOLERANCE)
 
 
-def export_hugging_face(folder: Path, out: Path) -> None:
-    """Write the scorer in a model folder as a CLIPModel that `transformers` loads, into the new folder `out`.
-
-    Raises:
-        CheckpointError: no scorer there. ConfigError: a choice in it that a CLIPModel does not have.
-        UserError: `out` exists already.
-    """
-    clip, tokenizer = load_model(folder, CLIPConfig, CLIP), load_own_tokenizer(folder)
-    settings = hugging_face_settings(clip.config)
-    weights = save_tensors(exported(CLIPFamily().table(clip.config), clip.state_dict()), {"format": "pt"})
-    with new_folder(out) as partial:
-        write_atomic(partial / FILES[0], weights)
-        for name, values in settings.items():
-            write_json(partial / name, values)
-        for name, content in (tokenizer.files if tokenizer else {}).items():
-            write_atomic(partial / name, content)
-
-
-def hugging_face_settings(config: CLIPConfig) -> dict[str, dict[str, Any]]:
-    """`config.json` and `preprocessor_config.json` of a scorer, by these names.
-
-    Raises:
-        ConfigError: a choice in it that a CLIPModel does not have.
-    """
-    lacking = [name for name, kind in (("image_readout", ClassReadout), ("text_readout", EndReadout))
-               if not isinstance(getattr(config, name), kind)]  # fmt: skip
-    plain = TransformerConfig(norm="layer", bias=True, qk_norm=False)
-    for part in ("vision", "text"):
-        tower = getattr(config, part)
-        lacking += [f"{part}.{name}" for name in ("norm", "norm_placement", "bias", "qk_norm", "pb_relax")
-                    if getattr(tower, name) != getattr(plain, name)]  # fmt: skip
-        lacking += [f"{part}.mlp"] if tower.mlp not in ACTIVATIONS.values() else []
-    if lacking:
-        told = ", ".join(f"{name} {_told(config, name)}" for name in lacking)
-        raise ConfigError(f"a CLIPModel of `transformers` has no {told}; of what is trained here, only models with "
-                          "the choices of a published CLIP are exported to it")  # fmt: skip
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-
-    def tower(part: TransformerConfig) -> dict[str, Any]:
-        return {
-            "hidden_size": part.width, "intermediate_size": part.mlp_width, "num_hidden_layers": part.n_layers,
-            "num_attention_heads": part.n_heads, "hidden_act": names[part.mlp], "layer_norm_eps": part.norm_eps,
-            "projection_dim": config.embedding_width,
-        }  # fmt: skip
-
-    marks, size = config.text_readout, config.image_size_px
-    if marks.end_id == 2 and config.n_text_ids > 3:
-        raise ConfigError("text_readout.end_id 2: `transformers` takes that for another id, the highest")
-    text = {"vocab_size": config.n_text_ids, "max_position_embeddings": config.text_length + 2,
-            "bos_token_id": marks.start_id, "eos_token_id": marks.end_id, "pad_token_id": marks.end_id}  # fmt: skip
+def _tower_settings(config: TransformerConfig) -> dict[str, Any]:
     return {
-        SETTINGS: {
-            "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embedding_width,
-            "vision_config": tower(config.vision) | {"image_size": size, "patch_size": config.patch_size_px},
-            "text_config": tower(config.text) | text,
-        },
-        PREPROCESSOR: {
-            "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
-            "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
-            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": config.pixel_mean,
-            "image_std": config.pixel_std, "do_convert_rgb": True,
-        },
+        "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "hidden_act": NAMES[config.mlp], "layer_norm_eps": config.norm_eps,
     }  # fmt: skip
-
-
-def _told(config: CLIPConfig, dotted: str) -> str:
-    value: Any = config
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return str(getattr(value, "kind", value))
 
 
 def _tower(theirs: Mapping[str, Tensor], layout: Layout, tower: int, settings: Tower) -> TransformerConfig:
     mlp_width, width = theirs[layout.up(tower)].shape
     return TransformerConfig(
-        width=width, n_layers=count(theirs, layout.up(tower, "{}")), mlp_width=mlp_width, norm="layer", bias=True,
-        qk_norm=False, n_heads=settings.n_heads, mlp=settings.activation, norm_eps=settings.norm_eps,
+        width=width, n_layers=count(theirs, layout.up(tower, "{}")), mlp_width=mlp_width, n_heads=settings.n_heads,
+        mlp=settings.activation, norm_eps=settings.norm_eps, **COMMON,
     )  # fmt: skip
 
 
@@ -355,7 +324,7 @@ def _openai_settings(checkpoint: Checkpoint, options: Options) -> Settings:
 def _hugging_face_settings(checkpoint: Checkpoint, options: Options) -> Settings:
     """By the `config.json` and, where there is one, the `preprocessor_config.json` beside the weights."""
     folder = checkpoint.path.parent
-    file = options.settings or folder / SETTINGS
+    file = options.settings or folder / CLIPFamily.settings_file
     read = _read_json(file)
     towers = []
     for part, n_heads in (("vision_config", 12), ("text_config", 8)):  # what is not written there is as by default

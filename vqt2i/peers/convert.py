@@ -27,12 +27,14 @@ def import_checkpoint(
     out: Path,
     options: Options = NO_OPTIONS,
     *,
+    facts: dict[str, Any] | None = None,
     check: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write the model in a public checkpoint into the new folder `out` and return its fingerprint.
 
     Args:
+        facts: for the card, besides what the family says.
         check: safetensors of recorded inputs and outputs that the model must reproduce, else nothing is written.
 
     Raises:
@@ -51,7 +53,8 @@ def import_checkpoint(
     tensors = converted(
         family.table(config), checkpoint.tensors, expected, str(checkpoint.path), ignored=family.ignored
     )
-    card, files = card_of(family, checkpoint) | family.facts(options), family.files(checkpoint, options)
+    card = card_of(family, checkpoint) | family.facts(config, options) | (facts or {})
+    files = family.files(checkpoint, options)
     with new_folder(out) as partial:
         megabytes = sum(tensor.n_bytes for tensor in tensors.values()) / 1e6
         with counter("converting", round(megabytes), unit="MB") as advance:
