@@ -136,6 +136,7 @@ class CLIPFamily(Family):
     kind = "clip"
     repository = "https://github.com/openai/CLIP"
     markers = OPENAI.markers
+    unused = ("image_size_px", "vq", "text_encoder")
     project, weights_file, settings_file = "hf-clip", "model.safetensors", "config.json"
 
     def __init__(self, layout: Layout = HUGGING_FACE) -> None:

@@ -76,6 +76,7 @@ class LlamaGenVQ(Family):
         "encoder.conv_in.weight", "encoder.conv_out.weight", "encoder.conv_blocks.0.res.0.conv1.weight",
         "quantize.embedding.weight",
     )  # fmt: skip
+    unused = ("vq", "text_encoder", "text")
     project = "llamagen"
     weights_file, weights_key, settings_file = "vq_model.pt", "model", "config.json"
 
@@ -86,7 +87,7 @@ class LlamaGenVQ(Family):
         channels = [theirs[f"encoder.conv_blocks.{level}.res.0.conv1.weight"].shape[0] for level in range(n_levels)]
         n_codes, code_dim = theirs["quantize.embedding.weight"].shape
         require_same_arguments(path, {"codebook_size": n_codes, "codebook_embed_dim": code_dim}, arguments)
-        image_size_px = options.image_size_px or IMAGE_SIZE_PX
+        image_size_px = IMAGE_SIZE_PX if options.image_size_px is None else options.image_size_px
         quantizer = {
             "kind": "vq", "codebook_size": n_codes, "code_dim": code_dim, "update": "gradient", "codebook_weight": 1.0,
             "commitment_weight": 0.25, "l2_normalised": arguments.get("codebook_l2_norm", True), "restart_below": 0,
@@ -218,7 +219,8 @@ class LlamaGenGPT(Family):
         if options.vq is None:
             raise CheckpointError(f"{self.name}: its ids mean nothing without their image tokenizer; import that one "
                                   "first (llamagen-vq) and give its folder by --vq")  # fmt: skip
-        read_card(options.vq)
+        if (kind := read_card(options.vq).get("kind")) != "vqgan":
+            raise CheckpointError(f"--vq {options.vq}: a model of kind {kind!r}, expected an image tokenizer")
         return load_config(ImageTokenizerConfig, options.vq / "config.yaml")
 
     def _require_grid(self, checkpoint: Checkpoint, arguments: Mapping[str, Any], vq: ImageTokenizerConfig) -> None:
@@ -317,6 +319,7 @@ class LlamaGenC2I(LlamaGenGPT):
     """Of one of some classes; the row after the last is the null."""
 
     name = "llamagen-gpt-c2i"
+    unused = ("image_size_px", "text_encoder", "text")
     markers = (
         "tok_embeddings.weight", "cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight",
         "layers.0.feed_forward.w1.weight",
@@ -350,6 +353,7 @@ class LlamaGenT2I(LlamaGenGPT):
     """Of up to 120 features of a text by Flan-T5 XL, left-padded; the null has a vector for each of the 120 places."""
 
     name = "llamagen-gpt-t2i"
+    unused = ("image_size_px", "text")
     markers = (
         "tok_embeddings.weight", "cls_embedding.uncond_embedding", "cls_embedding.cap_proj.fc1.weight",
         "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight",
