@@ -76,7 +76,7 @@ class LlamaGenVQ(Family):
         "encoder.conv_in.weight", "encoder.conv_out.weight", "encoder.conv_blocks.0.res.0.conv1.weight",
         "quantize.embedding.weight",
     )  # fmt: skip
-    unused = ("vq", "text_encoder")
+    unused = ("vq", "text_encoder", "text")
     project = "llamagen"
     weights_file, weights_key, settings_file = "vq_model.pt", "model", "config.json"
 
@@ -315,7 +315,7 @@ class LlamaGenC2I(LlamaGenGPT):
     """Of one of some classes; the row after the last is the null."""
 
     name = "llamagen-gpt-c2i"
-    unused = ("image_size_px", "text_encoder")
+    unused = ("image_size_px", "text_encoder", "text")
     markers = (
         "tok_embeddings.weight", "cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight",
         "layers.0.feed_forward.w1.weight",
@@ -349,7 +349,7 @@ class LlamaGenT2I(LlamaGenGPT):
     """Of up to 120 features of a text by Flan-T5 XL, left-padded; the null has a vector for each of the 120 places."""
 
     name = "llamagen-gpt-t2i"
-    unused = ("image_size_px",)
+    unused = ("image_size_px", "text")
     markers = (
         "tok_embeddings.weight", "cls_embedding.uncond_embedding", "cls_embedding.cap_proj.fc1.weight",
         "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight",

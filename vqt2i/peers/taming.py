@@ -44,7 +44,7 @@ class TamingVQGAN(Family):
     repository = "https://github.com/CompVis/taming-transformers"
     licence = "MIT"
     markers = (*NEEDED, "quantize.embedding.weight")
-    unused = ("vq", "text_encoder")
+    unused = ("vq", "text_encoder", "text")
     codebook = "quantize.embedding.weight"
     project = "taming"
     weights_file, weights_key, settings_file = "model.ckpt", "state_dict", "model.yaml"
