@@ -251,7 +251,8 @@ class LlamaGenGPT(Family):
         return name == "freqs_cis"  # a table of positions, which old files may hold
 
     def facts(self, config: GPTConfig, options: Options) -> dict[str, Any]:
-        return {"image_tokenizer": {"path": str(options.vq), "fingerprint": config.image_tokenizer}}
+        image_tokenizer = {"path": str(options.vq), "fingerprint": config.image_tokenizer}
+        return {"image_tokenizer": image_tokenizer, "reversed_share": 0}  # it never reads an image before a text
 
     def misfits(self, config: GPTConfig) -> list[str]:
         t = config.transformer
