@@ -17,7 +17,7 @@ ROWS = (
     {"errors"},
     {"files"},
     {"config", "runtime"},
-    {"nn", "checkpoint", "processes"},
+    {"nn", "checkpoint", "processes", "origin"},
     {"text", "data"},
     {"vq", "gpt", "clip"},
     {"generation", "peers"},

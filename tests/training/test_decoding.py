@@ -21,7 +21,7 @@ from vqt2i.training.decoding.contestants import MODES, our_drawing, their_drawin
 from vqt2i.training.decoding.records import Measured, Row
 from vqt2i.training.decoding.report import markdown
 from vqt2i.training.decoding.scaling import fit, grid_of
-from vqt2i.training.record import describe_origin
+from vqt2i.origin import describe_origin
 
 CPU = torch.device("cpu")
 RATES = Rates(bandwidth=1e9, products={"fp32": 1e12, "bf16": 2e12, "int8": 4e12})

@@ -92,7 +92,7 @@ def _measure(args: argparse.Namespace) -> Any:
     from vqt2i.training.decoding.pictures import picture_parts, rerank_parts
     from vqt2i.training.decoding.records import Measured
     from vqt2i.training.decoding.scaling import measure_scaling
-    from vqt2i.training.record import describe_origin
+    from vqt2i.origin import describe_origin
     from vqt2i.training.vqgan import VQGANRunConfig
 
     config = load_untrained_gpt(args.config)

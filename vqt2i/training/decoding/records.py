@@ -12,7 +12,7 @@ from vqt2i.gpt import GPTConfig
 from vqt2i.training.compare import Timing
 from vqt2i.training.decoding.ceilings import Rates
 from vqt2i.training.decoding.contestants import DecodingPrecision
-from vqt2i.training.record import Origin
+from vqt2i.origin import Origin
 
 
 class Row(Config):
