@@ -13,7 +13,9 @@ from typing import Any
 from vqt2i import __version__
 from vqt2i.config import Config
 
-_LIBRARIES = ("torch", "lightning", "deepspeed", "numpy", "sentencepiece", "safetensors", "transformers", "torch-fidelity")
+_LIBRARIES = (
+    "torch", "lightning", "deepspeed", "numpy", "sentencepiece", "safetensors", "transformers", "torch-fidelity",
+)  # fmt: skip
 
 
 class Origin(Config):
