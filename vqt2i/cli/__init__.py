@@ -26,6 +26,8 @@ VERBS = (
     "edit",
     "caption",
     "evaluate",
+    "compare",
+    "gate",
     "diagnose",
     "make_pipeline",
     "benchmark",
