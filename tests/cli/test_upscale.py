@@ -11,6 +11,7 @@ from vqt2i.checkpoint import load_model, save_model
 from vqt2i.cli import main
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import write_dataset
+from vqt2i.evaluation.result import read_result
 from vqt2i.generation.output import read_prompt
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
@@ -124,28 +125,29 @@ def test_without_a_run_for_it_that_is_told(upscale, fails) -> None:
 
 
 def test_such_a_model_is_for_nothing_else(upscale, upscaler_folder: Path, fails) -> None:
-    for command in (["generate", "x"], ["edit", "in.png", "--keep-top", 0.5], ["evaluate"]):
+    for command in (["generate", "x"], ["edit", "in.png", "--keep-top", 0.5]):
         assert "draws pictures from ones of half their size" in fails(*command, "--model", upscaler_folder)
 
 
 def test_upscaling_is_evaluated_on_a_data_set_of_large_enough_pictures(
-    upscale, upscaler_folder: Path, capsys: pytest.CaptureFixture[str], fails
+    upscale, upscaler_folder: Path, model_folders: Path, capsys: pytest.CaptureFixture[str], fails
 ) -> None:
     rng = np.random.default_rng(0)
     for name, side in (("large", 32), ("small", 16)):
-        pairs = [Pair(f"k{i}", rng.integers(0, 256, (side, side, 3), dtype=np.uint8), {}) for i in range(3)]
+        pairs = [Pair(f"k{i}", rng.integers(0, 256, (side, side, 3), dtype=np.uint8), {}) for i in range(9)]
         write_dataset(Path(name), {"val": pairs})
-    command = ["evaluate", "--model", str(upscaler_folder), "--n-prompts", "2", "--out", "out.json", "--upscaling"]
-    assert main([*command, "large"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == [
-        "bicubic",
-        "bicubic, decoded",
-        "ids repeated",
-        "drawn",
-        "real ids",
-    ]
-    written = json.loads(Path("out.json").read_text())
-    assert written["protocol"]["n_samples"] == 2 and written["upscaling"]["real ids"]["same_ids"] == 1
-    assert "k0: 16 x 16 pixels; super-resolution learns from pictures of 32 x 32" in fails(*command, "small")
-    assert "--n-prompts 0" in fails(*command, "large", "--n-prompts", 0)
+    assert main(["evaluate", str(upscaler_folder), "large", "--measure", "upscaling", "--out", "o"]) == 0
+    assert "bicubic, decoded" in capsys.readouterr().out
+    measured = read_result(Path("o")).measures["upscaling"]
+    values = {(row.where["way"], row.name): row.value for row in measured.rows}
+    assert values["real ids", "same_ids"] == 1 and measured.protocol["data"]["n"] == 9
+    assert "Halved pictures in twice their size" in Path("o/report.html").read_text()
+    options = ["--out", "p", "--measure"]
+    told = fails("evaluate", upscaler_folder, "small", *options, "upscaling")
+    assert "k0: 16 x 16 pixels; super-resolution learns from pictures of 32 x 32" in told
+    assert "upscaling: needs a data set" in fails("evaluate", upscaler_folder, *options, "upscaling")
+    assert "this GPT reads a text and cannot upscale" in fails(
+        "evaluate", model_folders, "large", *options, "upscaling"
+    )
+    assert "draws pictures from ones of half their size" in fails("evaluate", upscaler_folder, *options, "alignment")
+    assert not Path("p").exists()

@@ -16,7 +16,7 @@ from vqt2i.data.pairs import Pair
 from vqt2i.data.sampling import Visits
 from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.errors import CheckpointError, ConfigError, DataError
-from vqt2i.evaluation.upscaling import UpscalingProtocol, measure_upscaling
+from vqt2i.evaluation.upscaling import measure_upscaling, require_large
 from vqt2i.generation import SamplingConfig
 from vqt2i.generation.find import find_parts, open_pipeline, open_upscaler, write_pipeline
 from vqt2i.generation.parts import PipelineConfig
@@ -135,14 +135,13 @@ def test_it_learns_to_draw_the_picture_that_it_is_given(train, upscaling: list[s
     card = read_card(folder / "model")
     assert card["kind"] == "upscaler" and card["metrics"]["val/image"] == pytest.approx(last["val/image"], abs=1e-5)
     pipeline = open_upscaler(None, tmp_path / "runs", "cpu")
-    found = measure_upscaling(
-        pipeline, DataSet.open(Path(card["data"]["path"])).split("train"),
-        UpscalingProtocol(24, 0, SamplingConfig(guidance=1.0, top_k=1)),
-    )  # fmt: skip
-    assert set(found) == {"bicubic", "bicubic, decoded", "ids repeated", "drawn", "real ids"}
-    assert found["real ids"].same_ids == 1 and found["bicubic"].same_ids is None
-    assert found["drawn"].same_ids > found["ids repeated"].same_ids
-    assert found["drawn"].psnr <= found["real ids"].psnr + 1
+    pairs = require_large(pipeline, DataSet.open(Path(card["data"]["path"])).split("train"), 99)
+    rows = measure_upscaling(pipeline, pairs, SamplingConfig(guidance=1.0, top_k=1), 0)
+    assert {row.n for row in rows} == {24} and {row.name for row in rows} == {"psnr", "ssim", "sharpness", "same_ids"}
+    found = {(row.where["way"], row.name): row.value for row in rows}
+    assert {way for way, _ in found} == {"bicubic", "bicubic, decoded", "ids repeated", "drawn", "real ids"}
+    assert found["real ids", "same_ids"] == 1 and ("bicubic", "same_ids") not in found
+    assert found["drawn", "same_ids"] > found["ids repeated", "same_ids"]
 
 
 def test_the_sampled_picture_shows_what_was_given_what_it_is_and_what_is_drawn(

@@ -21,14 +21,18 @@ VERBS = (
     "plan",
     "train_gpt",
     "train_clip",
+    "train_prior",
     "export",
     "generate",
     "edit",
     "upscale",
     "caption",
     "evaluate",
+    "compare",
+    "gate",
     "diagnose",
     "make_pipeline",
+    "import_checkpoint",
     "benchmark",
 )
 

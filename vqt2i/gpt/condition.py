@@ -2,7 +2,9 @@
 
     text      ids of a tokenizer; the layout says how many
     vectors   an embedding of CLIP, of an image in training and of a text in sampling (CLIP-GEN: Wang et al. 2022, arXiv
-              2203.00386), or features of an encoder such as T5 (LlamaGen: Sun et al. 2024, arXiv 2406.06525)
+              2203.00386)
+    features  of a text, one vector for each of its ids, by an encoder such as T5 (LlamaGen: Sun et al. 2024, arXiv
+              2406.06525)
     label     a class, a learned vector each (LlamaGen); without classes the GPT is unconditional, as iGPT (Chen et al.
               2020)
     low_resolution    a text, and the ids of what is drawn in half the resolution (super-resolution of CogView: Ding et
@@ -60,6 +62,16 @@ class VectorCondition(Config):
     encoder: str
 
 
+class FeatureCondition(VectorCondition):
+    """As many vectors as the text has ids for its encoder, its mark of the end included; the rest of it is not read.
+
+    cleaning: of texts before they are read: "web" as they were for LlamaGen's training (`text.cleaning`).
+    """
+
+    kind: Literal["features"] = "features"
+    cleaning: Literal["none", "web"] = "none"
+
+
 class LabelCondition(Config):
     """One of `n_labels` classes, or nothing at all for 0 of them."""
 
@@ -74,7 +86,8 @@ class LowResolutionCondition(Config):
 
 
 ConditionConfig = Annotated[
-    TextCondition | VectorCondition | LabelCondition | LowResolutionCondition, Field(discriminator="kind")
+    TextCondition | VectorCondition | FeatureCondition | LabelCondition | LowResolutionCondition,
+    Field(discriminator="kind"),
 ]
 
 
