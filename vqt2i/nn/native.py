@@ -177,8 +177,8 @@ class NativeTransformer(nn.Module):
         logits_BLV: Tensor | None = None,
     ) -> None:  # fmt: skip
         longest = max(b.n_prefix for b in branches) + first + n_tokens
-        n_positions, n_threads = -(-longest // LANES) * LANES, torch.get_num_threads()
-        scores = torch.empty(n_threads, n_positions)
+        n_positions, n_threads = -(-longest // LANES) * LANES + LANES, torch.get_num_threads()
+        scores = torch.empty(n_threads, n_positions * (1 if ids_BL is not None else 1 + self.config.head_width))
         tensors = (ids_BL, cos_sin_LH, self._packed, self._row_scales, scores, logits_BLV)
         ids, cos_sin, *rest = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         call = _Call(
