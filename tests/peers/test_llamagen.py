@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 
 from vqt2i import TextToImage
-from vqt2i.checkpoint import load_model, save_model
+from vqt2i.checkpoint import load_model, read_card, save_model
 from vqt2i.cli import main
+from vqt2i.data.shards import DataSet
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.native import NativeGPT
 from vqt2i.generation.sampling import SamplingConfig
@@ -19,6 +20,7 @@ from vqt2i.gpt import (
     GPTConfig,
     LabelCondition,
     LayoutConfig,
+    LinearProjection,
     LossWeights,
     MLPProjection,
     Vectors,
@@ -28,9 +30,11 @@ from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.peers import FAMILIES, Options
 from vqt2i.peers.convert import import_checkpoint
 from vqt2i.peers.llamagen import image_logits, pairs_apart, pairs_together
-from vqt2i.text import TextTokenizer
+from vqt2i.text import TextTokenizer, pad_texts
 from vqt2i.text.cleaning import clean_web_caption
 from vqt2i.text.encoder import TextEncoder, fingerprint_of
+from vqt2i.training.batches import Batch
+from vqt2i.training.conditions import CaptionFeatures, Conditioner
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 from vqt2i.vq.quantizer import VQConfig
 
@@ -331,3 +335,42 @@ def test_features_of_texts_read_together_are_those_of_each_alone(t5: Path) -> No
 ])  # fmt: skip
 def test_captions_are_cleaned_as_those_of_the_web_were(text: str, cleaned: str) -> None:
     assert clean_web_caption(text) == cleaned
+
+
+def test_an_imported_gpt_of_texts_goes_on_training_and_draws(
+    save_native, randomised, in_empty_folder: Path, vq: Path, t5: Path, arguments: Path, tiny_dataset: DataSet
+) -> None:
+    path = save_native(in_empty_folder / "gpt.pt", T2I, randomised(GPT(gpt_config(T2I))), "model")
+    options = Options(settings=arguments, vq=vq, text_encoder=t5)
+    base = import_checkpoint(FAMILIES[T2I], path, in_empty_folder / "gpt", options)
+    projection = "projection: {kind: mlp, width: 32, bias: false}"
+    settings = [
+        "name=tuned", f"data.path={tiny_dataset.folder}", f"text_tokenizer={t5}", "training.start_from=gpt",
+        "transformer={width: 32, n_layers: 2, n_heads: 2, mlp_width: 48, norm_eps: 1.0e-5, qk_norm: false}",
+        "positions=rotary_image", "training.reversed_share=0", "training.null_share=0.5", "training.compile=false",
+        f"condition={{kind: features, encoder: {t5}, n_vectors: 6, {projection}, cleaning: web}}",
+        "trainer={max_steps: 2, batch_size: 8, validate_every_steps: 2, n_validation_samples: 7, precision: fp32}",
+    ]  # fmt: skip
+    assert main(["train_gpt", "--vq", str(vq), *(part for s in settings for part in ("--set", s))]) == 0
+    before, after = (load_model(folder, GPTConfig, GPT) for folder in (Path("gpt"), Path("runs/tuned/model")))
+    assert before.config == after.config
+    changed = {n for n, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[n])}
+    assert changed == {name for name, _ in after.named_parameters()}
+    card = read_card(Path("runs/tuned/model"))
+    assert card["start_from"]["fingerprint"] == base and card["text_encoder"]["path"] == str(t5)
+    assert main(["generate", "a red square", "--model", "runs/tuned", "--n", "1", "--out", "drawn"]) == 0
+
+
+@torch.no_grad()
+def test_training_reads_the_features_that_drawing_reads(t5: Path) -> None:
+    encoder = TextEncoder.load(t5)
+    config = CaptionFeatures(encoder=t5, n_vectors=6, projection=LinearProjection(), cleaning="web")
+    texts = ["A RED square", "", "green square square green red square red"]
+    ids = [encoder.tokenizer.encode(text) for text in texts]
+    batch = Batch(None, None, pad_texts(ids, 40), torch.zeros(3))
+    found = Conditioner(config, encoder=encoder).of_images(batch, training=True)
+    assert found.null_B.tolist() == [False, True, False] and found.vectors_BNC.shape == (3, 6, WIDTH)
+    for row in (0, 2):
+        (expected,) = encoder.features([encoder.ids(clean_web_caption(texts[row]), 6)])
+        torch.testing.assert_close(found.vectors_BNC[row][found.real_BN[row]], expected)
+        assert found.real_BN[row].tolist() == sorted(found.real_BN[row].tolist())

@@ -50,12 +50,14 @@ class Compared(NamedTuple):
 
 
 class Family(ABC):
-    """One family: from a checkpoint to our configuration and a table of names, and back where `settings_of` is made.
+    """One family: from a checkpoint to our configuration and a table of names, and back where it has a `project`.
 
     Attributes:
         name: what the user calls it. kind: of our model. repository, licence: of code and weights, as their authors
             state them.
         markers: names that its checkpoints have and no others do together.
+        project: the name that `export --to` knows it by; None where there is no way back. weights_file, weights_key:
+            where its own code looks for the weights, and under which key. settings_file: JSON, or YAML by its name.
     """
 
     name: ClassVar[str]
@@ -63,6 +65,10 @@ class Family(ABC):
     repository: ClassVar[str]
     licence: ClassVar[str]
     markers: ClassVar[tuple[str, ...]]
+    project: ClassVar[str | None] = None
+    weights_file: ClassVar[str]
+    weights_key: ClassVar[str]
+    settings_file: ClassVar[str]
 
     def read(self, path: Path) -> Checkpoint:
         """The checkpoint's tensors by name."""
@@ -92,9 +98,33 @@ class Family(ABC):
         """What our card of the model says besides its source and licence."""
         return {}
 
+    def misfits(self, config: Config) -> list[str]:
+        """What of a model of ours the family has no place for, as "setting value"; none if it can be written."""
+        raise NotImplementedError
+
+    def settings_of(self, config: Config) -> dict[str, Any]:
+        """The settings that the family's own code builds such a model from."""
+        raise NotImplementedError
+
+    def more_tensors(self) -> dict[str, Tensor]:
+        """What the family's own code wants among the weights besides what the table has."""
+        return {}
+
     @abstractmethod
     def compare(self, model: nn.Module, io: Mapping[str, Tensor]) -> Iterator[Compared]:
         """The model's outputs beside recorded ones, of those inputs and outputs that are there."""
+
+
+def differing(config: Config, expected: dict[str, Any]) -> list[str]:
+    """The settings of a configuration, by dotted names, that are not as expected, as "setting value"."""
+    found = []
+    for name, value in expected.items():
+        own: Any = config
+        for part in name.split("."):
+            own = getattr(own, part, None)
+        if own != value:
+            found.append(f"{name} {own}")
+    return found
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:

@@ -19,16 +19,17 @@ from vqt2i.checkpoint import read_card
 from vqt2i.config import build_config, load_config
 from vqt2i.errors import CheckpointError
 from vqt2i.gpt import GPT, ConditionBatch, GPTConfig, VectorBatch
-from vqt2i.peers.family import Compared, Family, Options, compare_tokenizer, largest_difference, n_different
+from vqt2i.peers.family import Compared, Family, Options, compare_tokenizer, differing, largest_difference, n_different
 from vqt2i.peers.reading import Checkpoint
 from vqt2i.peers.table import Changed, Fill, Joined, Table, prefixed, with_weights
-from vqt2i.peers.vqgan import attention_sizes, count, network_table
+from vqt2i.peers.vqgan import attention_sizes, count, network_misfits, network_table
 from vqt2i.text.encoder import fingerprint_of
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 REPOSITORY = "https://github.com/FoundationVision/LlamaGen"
 IMAGE_SIZE_PX = 256
 TOLERANCE = 1e-4
+N_FEATURES = 120  # positions of a text, always
 EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)  # the classes of its authors' examples: ImageNet's
 # heads of the published sizes, by (layers, width): B, L, XL, XXL, XXXL, 1B, 3B, 7B
 N_HEADS = {
@@ -75,6 +76,8 @@ class LlamaGenVQ(Family):
         "encoder.conv_in.weight", "encoder.conv_out.weight", "encoder.conv_blocks.0.res.0.conv1.weight",
         "quantize.embedding.weight",
     )  # fmt: skip
+    project = "llamagen"
+    weights_file, weights_key, settings_file = "vq_model.pt", "model", "config.json"
 
     def config(self, checkpoint: Checkpoint, options: Options) -> ImageTokenizerConfig:
         theirs, path = checkpoint.tensors, checkpoint.path
@@ -117,7 +120,24 @@ class LlamaGenVQ(Family):
         )
 
     def ignored(self, name: str) -> bool:
-        return name == "quantize.codebook_used"  # the last ids that training saw
+        return name in self.more_tensors()
+
+    def more_tensors(self) -> dict[str, Tensor]:
+        return {"quantize.codebook_used": torch.zeros(65_536)}  # the last ids that training saw
+
+    def misfits(self, config: ImageTokenizerConfig) -> list[str]:
+        expected = {"attention_sizes_px": config.level_sizes_px[-1:], "quantizer.kind": "vq"}
+        return network_misfits(config) + differing(config, expected)
+
+    def settings_of(self, config: ImageTokenizerConfig) -> dict[str, Any]:
+        multiples = [width // config.stem_width for width in config.channels]
+        return {
+            "codebook_size": config.quantizer.codebook_size, "codebook_embed_dim": config.quantizer.code_dim,
+            "codebook_l2_norm": config.quantizer.l2_normalised, "codebook_show_usage": True,
+            "commit_loss_beta": config.quantizer.commitment_weight, "encoder_ch_mult": multiples,
+            "decoder_ch_mult": multiples, "z_channels": config.latent_width, "ch": config.stem_width,
+            "num_res_blocks": config.n_res_blocks,
+        }  # fmt: skip
 
     def compare(self, model: ImageTokenizer, io: Mapping[str, Tensor]) -> Iterator[Compared]:
         return compare_tokenizer(model, io, lambda x: model.quantizer.to_code(model.encoder(x)), TOLERANCE)
@@ -155,6 +175,8 @@ class LlamaGenGPT(Family):
     kind = "gpt"
     repository = REPOSITORY
     licence = "MIT"
+    project = "llamagen"
+    weights_file, weights_key, settings_file = "gpt.pt", "model", "config.json"
 
     def condition(self, checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
         """The values of our condition."""
@@ -229,6 +251,25 @@ class LlamaGenGPT(Family):
     def facts(self, config: GPTConfig, options: Options) -> dict[str, Any]:
         return {"image_tokenizer": {"path": str(options.vq), "fingerprint": config.image_tokenizer}}
 
+    def misfits(self, config: GPTConfig) -> list[str]:
+        t = config.transformer
+        least = 8 * t.width // 3  # which its code rounds up to a multiple
+        narrow = [f"transformer.mlp_width {t.mlp_width}, below {least}"] if t.mlp_width < least else []
+        expected = {
+            "positions": "rotary_image", "sparsity.kind": "dense", "transformer.norm": "rms", "transformer.bias": False,
+            "transformer.norm_placement": "pre", "transformer.mlp": "swiglu", "transformer.qk_norm": False,
+            "layout.grid_width": config.layout.grid_height,
+        }  # fmt: skip
+        return differing(config, expected) + narrow
+
+    def settings_of(self, config: GPTConfig) -> dict[str, Any]:
+        t = config.transformer
+        return {
+            "dim": t.width, "n_layer": t.n_layers, "n_head": t.n_heads, "norm_eps": t.norm_eps, "rope_base": 10000,
+            "multiple_of": t.mlp_width, "vocab_size": config.layout.n_image_ids,
+            "block_size": config.sequence_layout.image_length, "cls_token_num": config.sequence_layout.prefix_length,
+        }  # fmt: skip
+
     def compare(self, model: GPT, io: Mapping[str, Tensor]) -> Iterator[Compared]:
         """Teacher-forced logits; and whether each greedy id is the likeliest after those before it."""
         tokens = io["tokens"]
@@ -284,6 +325,13 @@ class LlamaGenC2I(LlamaGenGPT):
     def condition(self, checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
         return {"kind": "label", "n_labels": len(checkpoint.tensors["cls_embedding.embedding_table.weight"]) - 1}
 
+    def misfits(self, config: GPTConfig) -> list[str]:
+        nothing = ["condition label without labels"] if getattr(config.condition, "n_labels", 1) == 0 else []
+        return super().misfits(config) + differing(config, {"condition.kind": "label"}) + nothing
+
+    def settings_of(self, config: GPTConfig) -> dict[str, Any]:
+        return super().settings_of(config) | {"model_type": "c2i", "num_classes": config.condition.n_labels}
+
     def facts(self, config: GPTConfig, options: Options) -> dict[str, Any]:
         n_labels = config.condition.n_labels
         examples = [str(label) for label in EXAMPLES if label < n_labels] or ["0"]
@@ -319,6 +367,15 @@ class LlamaGenT2I(LlamaGenGPT):
             "kind": "features", "n_vectors": n_vectors, "width": width, "projection": projection, "cleaning": "web",
             "encoder": fingerprint_of(options.text_encoder, width),
         }  # fmt: skip
+
+    def misfits(self, config: GPTConfig) -> list[str]:
+        expected = {"condition.kind": "features", "condition.projection.kind": "mlp",
+                    "condition.projection.bias": False, "condition.projection.width": config.transformer.width,
+                    "condition.n_vectors": N_FEATURES}  # fmt: skip
+        return super().misfits(config) + differing(config, expected)
+
+    def settings_of(self, config: GPTConfig) -> dict[str, Any]:
+        return super().settings_of(config) | {"model_type": "t2i", "caption_dim": config.condition.width}
 
     def condition_table(self, config: GPTConfig) -> Table:
         return {

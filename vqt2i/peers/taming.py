@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vqt2i.config import build_config, read_yaml_mapping
 from vqt2i.errors import CheckpointError
-from vqt2i.peers.family import Compared, Family, Options, compare_tokenizer
+from vqt2i.peers.family import Compared, Family, Options, compare_tokenizer, differing
 from vqt2i.peers.reading import Checkpoint
 from vqt2i.peers.table import Fill, Table, with_weights
-from vqt2i.peers.vqgan import attention_sizes, count, network_table
+from vqt2i.peers.vqgan import attention_sizes, count, network_misfits, network_table
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 from vqt2i.vq.quantizer import GumbelConfig, QuantizerConfig, VQConfig
 
@@ -45,6 +45,9 @@ class TamingVQGAN(Family):
     licence = "MIT"
     markers = (*NEEDED, "quantize.embedding.weight")
     codebook = "quantize.embedding.weight"
+    project = "taming"
+    weights_file, weights_key, settings_file = "model.ckpt", "state_dict", "model.yaml"
+    model = "VQModel"
 
     def config(self, checkpoint: Checkpoint, options: Options) -> ImageTokenizerConfig:
         theirs, path = checkpoint.tensors, checkpoint.path
@@ -82,6 +85,25 @@ class TamingVQGAN(Family):
     def ignored(self, name: str) -> bool:
         return name.startswith("loss.")  # LPIPS and the discriminator
 
+    def misfits(self, config: ImageTokenizerConfig) -> list[str]:
+        return network_misfits(config) + differing(config, {"quantizer.kind": "vq", "quantizer.l2_normalised": False})
+
+    def settings_of(self, config: ImageTokenizerConfig) -> dict[str, Any]:
+        ddconfig = {
+            "double_z": False, "z_channels": config.latent_width, "resolution": config.image_size_px, "in_channels": 3,
+            "out_ch": 3, "ch": config.stem_width, "ch_mult": [width // config.stem_width for width in config.channels],
+            "num_res_blocks": config.n_res_blocks, "attn_resolutions": list(config.attention_sizes_px),
+            "dropout": config.dropout,
+        }  # fmt: skip
+        params = {
+            "embed_dim": config.quantizer.code_dim, "n_embed": config.quantizer.codebook_size, "ddconfig": ddconfig,
+            "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"}, **self.more_params(config),
+        }  # fmt: skip
+        return {"model": {"target": f"taming.models.vqgan.{self.model}", "params": params}}
+
+    def more_params(self, config: ImageTokenizerConfig) -> dict[str, Any]:
+        return {}
+
     def compare(self, model: ImageTokenizer, io: Mapping[str, Tensor]) -> Iterator[Compared]:
         return compare_tokenizer(model, io, lambda x: model.quantizer.to_code(model.encoder(x)))
 
@@ -92,6 +114,7 @@ class TamingGumbel(TamingVQGAN):
     name = "taming-gumbel"
     markers = (*NEEDED, "quantize.embed.weight", "quantize.proj.weight")
     codebook = "quantize.embed.weight"
+    model = "GumbelVQ"
 
     def quantizer(self, n_embed: int, embed_dim: int, settings: Mapping[str, Any]) -> QuantizerConfig:
         return GumbelConfig(codebook_size=n_embed, code_dim=embed_dim, kl_weight=settings.get("kl_weight", 1e-8))
@@ -103,6 +126,18 @@ class TamingGumbel(TamingVQGAN):
             "quantizer.from_code": "post_quant_conv",
         }
         return with_weights(names) | {"quantizer.codebook": self.codebook}
+
+    def misfits(self, config: ImageTokenizerConfig) -> list[str]:
+        # its projection to logits is built for inputs of `z_channels`
+        expected = {"quantizer.kind": "gumbel", "quantizer.code_dim": config.latent_width}
+        return network_misfits(config) + differing(config, expected)
+
+    def more_params(self, config: ImageTokenizerConfig) -> dict[str, Any]:
+        quantizer = config.quantizer
+        schedule = {"warm_up_steps": 0, "max_decay_steps": 1000001, "lr_start": quantizer.temperature,
+                    "lr_max": quantizer.temperature, "lr_min": quantizer.final_temperature}  # fmt: skip
+        scheduler = {"target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler", "params": schedule}
+        return {"kl_weight": quantizer.kl_weight, "temperature_scheduler_config": scheduler}
 
     def compare(self, model: ImageTokenizer, io: Mapping[str, Tensor]) -> Iterator[Compared]:
         return compare_tokenizer(model, io, lambda x: model.quantizer.to_code[0](model.encoder(x)))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from vqt2i.peers.family import differing
 from vqt2i.peers.table import Table, prefixed, with_weights
 from vqt2i.vq import ImageTokenizerConfig
 
@@ -66,6 +67,14 @@ def count(theirs: Mapping[str, Tensor], pattern: str) -> int:
     while pattern.format(n) in theirs:
         n += 1
     return n
+
+
+def network_misfits(config: ImageTokenizerConfig) -> list[str]:
+    """What no VQGAN has a place for; see `Family.misfits`."""
+    if config.architecture != "taming":
+        return [f"architecture {config.architecture}"]
+    multiples = [width for width in config.channels if width % config.stem_width]
+    return differing(config, {"output": "pixels"}) + [f"a width of {w} beside {config.stem_width}" for w in multiples]
 
 
 def attention_sizes(levels: Sequence[int], image_size_px: int) -> tuple[int, ...]:

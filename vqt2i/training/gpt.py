@@ -24,13 +24,16 @@ from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
 from vqt2i.text import TextTokenizer, load_tokenizer
+from vqt2i.text.encoder import TextEncoder
 from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.conditions import (
     CAPTIONS,
+    CaptionFeatures,
     Conditioner,
     EmbeddingCondition,
     TrainedCondition,
+    load_encoder,
     measure_shift,
     model_condition,
     require_own_tokenizer,
@@ -146,9 +149,15 @@ class GPTRunConfig(Config):
         return self
 
     def model(
-        self, sizes: TokenizerSizes, text_tokenizer: str, image_tokenizer: str, scorer: CLIP | None = None
+        self,
+        sizes: TokenizerSizes,
+        text_tokenizer: str,
+        image_tokenizer: str,
+        scorer: CLIP | None = None,
+        encoder: TextEncoder | None = None,
     ) -> GPTConfig:
-        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer.
+        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer
+        or features of this encoder.
 
         Raises:
             ConfigError: the configuration was written for tokenizers of other sizes, or for another scorer.
@@ -156,7 +165,7 @@ class GPTRunConfig(Config):
         if self.sizes not in (None, sizes):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
-        condition, reads_text = model_condition(self.condition, scorer), self.condition.kind == "text"
+        condition, reads_text = model_condition(self.condition, scorer, encoder), self.condition.kind == "text"
         text = {name: getattr(self, name) for name in ("text_length", "padding", "null_condition")}
         text["n_text_ids"] = sizes.n_text_ids
         image = sizes.model_dump(exclude={"n_text_ids"})
@@ -248,7 +257,7 @@ class GPTModule(L.LightningModule):
         image = self.conditioner.of_images(batch, training=False)
         everywhere = torch.ones_like(batch.chance_B, dtype=torch.bool)
         conditions = {"val/image": image, "val/image_unconditional": self.gpt.reader.dropped(image, everywhere)}
-        if batch.text is not None:
+        if batch.text is not None and self.conditioner.scorer:
             conditions["val/image_from_text"] = self.conditioner.of_texts(batch.text, self.gpt)
         ids = self.image_ids(batch)
         values = {name: gpt_loss(self.gpt, c, ids, 0, self.config.loss).image for name, c in conditions.items()}
@@ -308,11 +317,13 @@ def train_gpt(
     if config.bpe_dropout and not tokenizer.is_bpe:
         raise ConfigError(f"bpe_dropout {config.bpe_dropout}: {config.text_tokenizer} is a unigram model, which merges "
                           "nothing; train one by tools/train_tokenizer.py --model-type bpe")  # fmt: skip
-    scorer = None
+    scorer = encoder = None
+    if isinstance(config.condition, CaptionFeatures):
+        encoder = load_encoder(config.condition, tokenizer)
     if isinstance(config.condition, EmbeddingCondition):
         scorer_folder, scorer = find_scorer(config.condition.scorer, runs)
         require_own_tokenizer(scorer, tokenizer, scorer_folder)
-    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer)
+    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer, encoder)
     base, started = None, {}
     if config.training.start_from is not None:
         base = find_base(config.training.start_from)
@@ -352,12 +363,14 @@ def train_gpt(
         if config.training.lora:
             add_adapters(gpt, config.training.lora)
     text_length = config.text_length if config.condition.kind == "text" else None
+    if encoder:
+        text_length = config.condition.n_vectors - 1  # and the mark of the end
     if scorer:
         text_length = scorer.config.text_length if dataset.languages else None
         if config.condition.n_shift_pairs:
             pairs = ImageSamples(dataset.split(config.data.train_split), vq.config.image_size_px, tokenizer, seed)
             gpt.reader.text_shift.copy_(measure_shift(scorer, pairs, config.condition.n_shift_pairs))
-    conditioner = Conditioner(config.condition, scorer)
+    conditioner = Conditioner(config.condition, scorer, encoder)
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling, conditioner)
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
@@ -371,6 +384,8 @@ def train_gpt(
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
             **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),
+            **({"text_encoder": {"path": str(config.condition.encoder), "fingerprint": encoder.fingerprint}}
+               if encoder else {}),
             **started,
             sampling=config.sampling.model_dump(),
             example_prompts=example_prompts(dataset.split(config.data.validation_split)),
