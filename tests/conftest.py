@@ -18,7 +18,7 @@ from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.generation.parts import PIPELINE, PipelineConfig
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, ConditionConfig, GPTConfig, LayoutConfig, TextCondition
+from vqt2i.gpt import GPT, ConditionConfig, GPTConfig, HeadConfig, LayoutConfig, TextCondition
 from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, RowColumnConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextTokenizer
@@ -36,7 +36,7 @@ COLOURS = {
 }
 SIZE_PX, GRID, TEXT_LENGTH = 16, 4, 12
 TRANSFORMER = TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=48)
-DENSE, TEXT = DenseConfig(), TextCondition()
+DENSE, TEXT, PLAIN_HEAD = DenseConfig(), TextCondition(), HeadConfig()
 
 # of every choice of the transformer and of its positions, in the combinations of published models
 WIDE = TransformerConfig(width=32, n_layers=5, n_heads=2, mlp_width=48, bias=True, qk_norm=False)
@@ -49,6 +49,10 @@ GPT_KINDS = {
     "DALL-E": {
         "positions": "learned", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu_quick"}),
         "sparsity": RowColumnConfig(conv_size=3), "padding": "learned",
+    },
+    "ruDALL-E": {
+        "positions": "learned", "transformer": WIDE.model_copy(update=COGVIEW | {"norm": "layer"}), "padding": "bare",
+        "sparsity": RowColumnConfig(conv_size=3, conv_wraps=False), "head": HeadConfig(norm=True, bias=True),
     },
     "LlamaGen": {
         "positions": "rotary_image", "transformer": TRANSFORMER.model_copy(update={"norm_eps": 1e-5, "qk_norm": False}),
@@ -132,6 +136,7 @@ def make_gpt() -> Callable[..., GPT]:
         transformer: TransformerConfig = TRANSFORMER,
         sparsity: SparsityConfig = DENSE,
         condition: ConditionConfig = TEXT,
+        head: HeadConfig = PLAIN_HEAD,
         **layout: object,
     ) -> GPT:
         read = {"n_text_ids": 10, "text_length": 5} if condition is TEXT else {}
@@ -139,7 +144,7 @@ def make_gpt() -> Callable[..., GPT]:
         torch.manual_seed(seed)
         config = GPTConfig(
             transformer=transformer, layout=LayoutConfig(**sizes), condition=condition, positions=positions,
-            sparsity=sparsity, text_tokenizer="t" if read else None, image_tokenizer="i",
+            sparsity=sparsity, head=head, text_tokenizer="t" if read else None, image_tokenizer="i",
         )  # fmt: skip
         return GPT(config).eval()
 
