@@ -39,5 +39,5 @@ def pictures(*ids: int) -> list[Sample]:
     ([pictures(0, 2), pictures(1, 1), pictures(0, 0), pictures(1, 3)], 0.5),
 ])  # fmt: skip
 def test_it_is_the_share_of_pictures_whose_nearest_prompt_has_their_facts(groups: list, share: float) -> None:
-    pipeline = SimpleNamespace(clip=Clip(), text=SimpleNamespace(encode=lambda text: [int(text)]))
+    pipeline = SimpleNamespace(clip=Clip(), clip_text=SimpleNamespace(encode=lambda text: [int(text)]))
     assert r_precision(pipeline, PROMPTS, groups) == share

@@ -21,6 +21,7 @@ VERBS = (
     "plan",
     "train_gpt",
     "train_clip",
+    "train_prior",
     "export",
     "generate",
     "edit",

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqt2i.cli.options import RUNS, add_engine_arguments, add_sampling_arguments
+from vqt2i.cli.options import RUNS, add_engine_arguments, add_part_arguments, add_sampling_arguments
 
 if TYPE_CHECKING:
     from vqt2i.generation import TextToImage
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
+    add_part_arguments(parser)
     parser.add_argument("--captions", action="store_true", help="judge captions of rendered scenes that no training "
                         "has seen, instead of pictures of prompts")  # fmt: skip
     parser.add_argument("--kinds", help="of prompts, from single_seen, single_unseen, two_seen, two_unseen, three "
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.generation.find import open_pipeline
     from vqt2i.runtime import counter
 
-    pipeline = open_pipeline(args.model, args.runs, engine=args.engine, precision=args.precision)
+    placement = {"engine": args.engine, "precision": args.precision}
+    pipeline = open_pipeline(args.model, args.runs, clip=args.clip, prior=args.prior, **placement)
     if args.captions:
         _run_captions(args, pipeline)
         return

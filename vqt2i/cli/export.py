@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter/ of a LoRA run, to be added to --base")
     parser.add_argument("--base", type=Path, metavar="DIR", help="the GPT that the adapter was trained on: its model "
                         "folder, its run or its pipeline")  # fmt: skip
-    parser.add_argument("--to", choices=("llamagen", "taming"), help="the project whose form the model is written in")
+    parser.add_argument("--to", choices=("llamagen", "taming", "hf-clip"),
+                        help="the project whose form the model is written in; hf-clip is a CLIPModel of transformers"
+                        )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
 
 

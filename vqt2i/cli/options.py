@@ -90,6 +90,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
                         "products: lower ones are faster and draw other pictures (default: fp32 on CPUs)")  # fmt: skip
 
 
+def add_part_arguments(parser: argparse.ArgumentParser) -> None:
+    """--clip, --prior."""
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="score by this one: a run of tools/train_clip.py or "
+                        "what tools/import_checkpoint.py made of a published CLIP (default: the model's own)"
+                        )  # fmt: skip
+    parser.add_argument("--prior", type=Path, metavar="DIR", help="what tools/train_prior.py trained: makes the "
+                        "embedding of a prompt that of an image, for a model that reads embeddings (default: the "
+                        "model folder's own, if it has one)")  # fmt: skip
+
+
 def add_grid_argument(parser: argparse.ArgumentParser) -> None:
     """--grid."""
     parser.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="draw pictures of H rows of W cells "

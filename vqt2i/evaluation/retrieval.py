@@ -26,7 +26,7 @@ def r_precision(pipeline: TextToImage, prompts: Sequence[Caption], groups: Seque
     Args:
         groups: pictures of each prompt.
     """
-    text_PE = embed_texts(pipeline.clip, [pipeline.text.encode(prompt.text) for prompt in prompts])
+    text_PE = embed_texts(pipeline.clip, [pipeline.clip_text.encode(prompt.text) for prompt in prompts])
     pictures = [(p, sample.image_HW3) for p, group in enumerate(groups) for sample in group]
     right = []
     for start in range(0, len(pictures), PICTURES_AT_ONCE):

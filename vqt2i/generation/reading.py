@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqt2i.clip import CLIP, embed_images, embed_texts, shifted_texts
+from vqt2i.clip import CLIP, Prior, embed_images, embed_texts, shifted_texts
 from vqt2i.data.images import fit_square, to_tensor
 from vqt2i.errors import PromptError
 from vqt2i.generation.prompts import Picture
@@ -28,12 +28,17 @@ def reads_embeddings(gpt: GPT) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class PromptReader:
-    """Reads prompts for a GPT with what belongs to it; see `Parts`. size_px: of the images it draws."""
+    """Reads prompts for a GPT with what belongs to it; see `Parts`. size_px: of the images it draws.
+
+    With a prior the embedding of a text is made that of an image; without one it is moved by what training measured.
+    """
 
     text: TextTokenizer | None
     gpt: GPT
     clip: CLIP | None
     size_px: int
+    clip_text: TextTokenizer | None = None
+    prior: Prior | None = None
     encoder: TextEncoder | None = None
 
     def require_readable(self, prompt: Prompt) -> None:
@@ -52,7 +57,7 @@ class PromptReader:
     def embed(self, prompt: Prompt) -> Tensor:
         """The scorer's embedding of a prompt, (E,)."""
         if isinstance(prompt, str):
-            return embed_texts(self.clip, [self.text.encode(prompt)])[0]
+            return embed_texts(self.clip, [self.clip_text.encode(prompt)])[0]
         # as training saw it: at the size of the images that are drawn
         pixels = to_tensor(fit_square(prompt.image_HW3, self.size_px))
         return embed_images(self.clip, pixels[None].to(next(self.clip.parameters()).device))[0]
@@ -68,8 +73,15 @@ class PromptReader:
             return int(prompt or 0)
         asked_E = self.embed(prompt).cpu()
         if isinstance(prompt, str):
-            asked_E = shifted_texts(asked_E, self.gpt.reader.text_shift.cpu())
+            asked_E = self._as_image(asked_E)
         return Vectors(1, asked_E.numpy().tobytes())
+
+    @torch.inference_mode()
+    def _as_image(self, text_E: Tensor) -> Tensor:
+        """The embedding of a text, brought to where the GPT has read those of images."""
+        if self.prior is not None:
+            return self.prior(text_E)
+        return shifted_texts(text_E, self.gpt.reader.text_shift.cpu())
 
     @property
     def most_ids(self) -> int | None:
@@ -88,5 +100,7 @@ class PromptReader:
         """How many ids at a prompt's end do not fit what reads them."""
         if isinstance(prompt, Picture) or self.most_ids is None:
             return 0
-        n_ids = len(self.text.encode(self._cleaned(prompt))) + 1 if self.encoder else len(self.text.encode(prompt))
-        return max(0, n_ids - self.most_ids)
+        if self.encoder:
+            return max(0, len(self.text.encode(self._cleaned(prompt))) + 1 - self.most_ids)
+        tokenizer = self.clip_text if reads_embeddings(self.gpt) else self.text
+        return max(0, len(tokenizer.encode(prompt)) - self.most_ids)

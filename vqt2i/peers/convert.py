@@ -45,6 +45,7 @@ def import_checkpoint(
     io = None if check is None else read_io(check)
     checkpoint = family.read(path)
     require_family(family, checkpoint)
+    family = family.of(checkpoint)
     config = family.config(checkpoint, options)
     config_class, model_class = MODELS[family.kind]
     with torch.device("meta"):
@@ -53,12 +54,15 @@ def import_checkpoint(
         family.table(config), checkpoint.tensors, expected, str(checkpoint.path), ignored=family.ignored
     )
     card = card_of(family, checkpoint) | family.facts(config, options) | (facts or {})
+    files = family.files(checkpoint, options)
     with new_folder(out) as partial:
         megabytes = sum(tensor.n_bytes for tensor in tensors.values()) / 1e6
         with counter("converting", round(megabytes), unit="MB") as advance:
             fingerprint = fill_model_folder(
                 partial, config, tensors, card, shard_bytes=shard_bytes, on_bytes=lambda n: advance(n / 1e6)
             )
+        for name, content in files.items():
+            write_atomic(partial / name, content)
         write_atomic(partial / README, model_card(out.name, read_card(partial)))
         if io is not None:
             model = load_model(partial, config_class, model_class)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from vqt2i.checkpoint import CONFIG, load_model, read_card
 from vqt2i.config import load_config
@@ -39,7 +40,12 @@ def export_native(folder: Path, project: str, out: Path) -> Family:
     model = load_model(folder, config_class, model_class)
     with new_folder(out) as partial:
         state = exported(family.table(config), model.state_dict()) | family.more_tensors()
-        torch.save({family.weights_key: state}, partial / family.weights_file)
+        if family.weights_file.endswith(".safetensors"):
+            save_file(state, partial / family.weights_file, {"format": "pt"})
+        else:
+            torch.save({family.weights_key: state}, partial / family.weights_file)
+        for name, content in family.more_files(config, folder).items():
+            write_atomic(partial / name, content)
         write_atomic(partial / family.settings_file, _as_text(family.settings_file, family.settings_of(config)))
     return family
 

@@ -28,13 +28,15 @@ class Options(NamedTuple):
 
     settings: a file of the family's own format with its settings; None is one that lies beside the checkpoint.
     image_size_px: side of the images that an image tokenizer is for. vq: folder of the image tokenizer that made a
-    GPT's ids. text_encoder: folder of the encoder whose features a GPT reads.
+    GPT's ids. text_encoder: folder of the encoder whose features a GPT reads. text: a file or folder with the tokenizer
+    of a scorer; None is one that lies beside the checkpoint.
     """
 
     settings: Path | None = None
     image_size_px: int | None = None
     vq: Path | None = None
     text_encoder: Path | None = None
+    text: Path | None = None
 
 
 class Compared(NamedTuple):
@@ -57,7 +59,8 @@ class Family(ABC):
             state them.
         markers: names that its checkpoints have and no others do together.
         project: the name that `export --to` knows it by; None where there is no way back. weights_file, weights_key:
-            where its own code looks for the weights, and under which key. settings_file: JSON, or YAML by its name.
+            where its own code looks for the weights, and under which key, which safetensors have none of.
+            settings_file: JSON, or YAML by its name.
     """
 
     name: ClassVar[str]
@@ -77,6 +80,10 @@ class Family(ABC):
     def recognises(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a checkpoint is of this family, by the names in it."""
         return all(name in tensors for name in self.markers)
+
+    def of(self, checkpoint: Checkpoint) -> "Family":
+        """The importer of this checkpoint, where a family is published with its weights under several names."""
+        return self
 
     @abstractmethod
     def config(self, checkpoint: Checkpoint, options: Options) -> Config:
@@ -98,6 +105,10 @@ class Family(ABC):
         """What our card of the model says besides its source and licence."""
         return {}
 
+    def files(self, checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
+        """What lies in the model's folder besides its own files, by name: a tokenizer, say."""
+        return {}
+
     def misfits(self, config: Config) -> list[str]:
         """What of a model of ours the family has no place for, as "setting value"; none if it can be written."""
         raise NotImplementedError
@@ -108,6 +119,10 @@ class Family(ABC):
 
     def more_tensors(self) -> dict[str, Tensor]:
         """What the family's own code wants among the weights besides what the table has."""
+        return {}
+
+    def more_files(self, config: Config, folder: Path) -> dict[str, bytes]:
+        """What it wants beside the weights and settings of the model in `folder`, by name."""
         return {}
 
     @abstractmethod

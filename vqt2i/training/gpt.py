@@ -52,7 +52,7 @@ from vqt2i.training.finetune import (
     save_adapter,
 )
 from vqt2i.training.launch import find_world
-from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
+from vqt2i.training.optim import OptimizerConfig, scheduled_adamw
 from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_flops
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
@@ -226,11 +226,7 @@ class GPTModule(L.LightningModule):
         return self._frozen[0].to(self.device)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_adamw(self.gpt, self.config.optimizer, cpu_adam=self.cpu_adam)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_share(self.config.optimizer, step, self.max_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled_adamw(self.gpt, self.config.optimizer, self.max_steps, cpu_adam=self.cpu_adam)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         n_reversed = round(self.config.reversed_share * len(batch.chance_B))
