@@ -560,7 +560,8 @@ class TextToImage:
         if rerank and scorer in ("clip", "both") and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; use the scorer 'likelihood' or 'caption'")
         if rerank and scorer in ("caption", "both") and not self.gpt.layout.has_marks:
-            raise PromptError(f"scorer {scorer!r}: this GPT predicts no text from an image; use the scorer 'likelihood' or 'clip'")
+            raise PromptError(f"scorer {scorer!r}: this GPT predicts no text from an image; use the scorer "
+                              "'likelihood' or 'clip'")  # fmt: skip
         if pasted and pasted.feather_px < 0:
             raise PromptError(f"feather of {pasted.feather_px} pixels: expected 0 or more")
         if pasted and isinstance(change, Vary):

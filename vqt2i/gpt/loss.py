@@ -36,9 +36,7 @@ class GPTLoss(NamedTuple):
     image_unconditional: Tensor
 
 
-def gpt_loss(
-    gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights
-) -> GPTLoss:
+def gpt_loss(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights) -> GPTLoss:
     """Loss of a batch whose first `n_reversed` rows are read image → text and the others condition → image.
 
     In the reversed order the image comes first, so its loss is that of an unconditional image model. Without marks
@@ -97,9 +95,7 @@ def _loss_in_one_order(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, we
     return GPTLoss(total, nll.mean(), text, none, none)
 
 
-def caption_log_probability(
-    gpt: GPT, text: TextBatch, image_BI: Tensor, cache: BranchedCache | None = None
-) -> Tensor:
+def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor, cache: BranchedCache | None = None) -> Tensor:
     """log p(text | image) in nats per token, EOT counted, (B,): the caption score of CogView (arXiv 2105.13290, §3.4).
 
     Dividing by the length lets captions of different lengths be compared.

@@ -247,9 +247,7 @@ class GPT(nn.Module):
         """
         x_BLD, cos_sin = self.embed(prefix)
         cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], x_BLD.device, self.cached_dtype)
-        hidden = self.transformer(
-            x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache
-        )
+        hidden = self.transformer(x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache)
         if x_BLD.device.type == "cpu":  # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
             cache.kv = cache.kv.float()
         score = self.text_logits if reversed_order else self.image_logits

@@ -91,8 +91,8 @@ class Sequences(NamedTuple):
 class LayoutConfig(Config):
     """Sizes of a sequence; they follow from the tokenizers and the longest text.
 
-    n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned"; "bare" is
-    learned and without marks.
+    n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned"; with
+    "bare" it is learned and there are no marks.
     null_condition: how a text of no ids is read.
     """
 
