@@ -23,11 +23,14 @@ from vqt2i.vq import ImageTokenizerConfig
 TOLERANCE = 1e-4
 
 
-def image_tokenizer_of(family: str, first: str, path: Path, options: Options, n_image_ids: int) -> ImageTokenizerConfig:
+def image_tokenizer_of(
+    family: str, first: str, path: Path, options: Options, n_image_ids: int | None
+) -> ImageTokenizerConfig:
     """The configuration of the image tokenizer that is given with a GPT.
 
     Args:
         first: the family of the image tokenizer.
+        n_image_ids: how many it must have; None is any number.
 
     Raises:
         CheckpointError: none is given, or one of another vocabulary.
@@ -37,7 +40,7 @@ def image_tokenizer_of(family: str, first: str, path: Path, options: Options, n_
                               f"first ({first}) and give its folder by --vq")  # fmt: skip
     read_card(options.vq)
     vq = load_config(ImageTokenizerConfig, options.vq / "config.yaml")
-    if vq.vocab_size != n_image_ids:
+    if n_image_ids not in (None, vq.vocab_size):
         raise CheckpointError(f"{path}: has {n_image_ids:,} image ids, {options.vq} {vq.vocab_size:,}; give the image "
                               "tokenizer that it was trained with by --vq")  # fmt: skip
     return vq
@@ -63,8 +66,8 @@ def text_tokenizer_of(path: Path, options: Options, n_ids: int | None = None) ->
         raise CheckpointError(f"{path}: its text tokenizer is published beside it; give that file by --text")
     tokenizer = load_tokenizer(options.text)
     if n_ids is not None and tokenizer.n_ids > n_ids:
-        raise CheckpointError(f"{options.text}: has {tokenizer.n_ids:,} ids, {path} knows {n_ids:,}; give the tokenizer "
-                              "of the model by --text")  # fmt: skip
+        raise CheckpointError(f"{options.text}: has {tokenizer.n_ids:,} ids, {path} knows {n_ids:,}; give the model's "
+                              "own tokenizer by --text")  # fmt: skip
     return tokenizer
 
 
@@ -82,7 +85,7 @@ def image_tokenizer_facts(config: GPTConfig, options: Options) -> dict[str, Any]
 def image_logits(gpt: GPT, condition: ConditionBatch, image_BI: Tensor) -> Tensor:
     """Scores of each image id after those before it, (B, I, n_image_ids)."""
     sequences = gpt.reader(condition).then(gpt.layout.image_part(image_BI)).until(-1)
-    return gpt.image_logits(gpt(sequences)[:, gpt.layout.image_targets(reversed_order=False)])
+    return gpt.image_logits(gpt(sequences)[:, -image_BI.shape[1] :])  # the condition may be padded less than most
 
 
 def compare_drawn(gpt: GPT, condition: ConditionBatch, io: Mapping[str, Tensor]) -> Iterator[Compared]:

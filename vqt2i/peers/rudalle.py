@@ -2,8 +2,8 @@
 attention of DALL·E and the norms of CogView.
 
 A release is a bare state dict; the numbers of heads are in its authors' code, or in a `config.json` of the model's
-arguments. Its image tokenizer is taming-transformers' with Gumbel quantization; of its text tokenizer, which the library
-youtokentome reads, see docs/checkpoints.md.
+arguments. Its image tokenizer is taming-transformers' with Gumbel quantization, its text tokenizer one of the library
+youtokentome.
 
 S text length, I image ids
 """

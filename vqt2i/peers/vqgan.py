@@ -61,10 +61,10 @@ def network_table(config: ImageTokenizerConfig, encoder: Place, decoder: Place) 
     return table
 
 
-def count(theirs: Mapping[str, Tensor], pattern: str) -> int:
-    """How many there are, from 0, of names that `pattern` makes with a number in place of {}."""
+def count(theirs: Mapping[str, Tensor], pattern: str, *, step: int = 1) -> int:
+    """How many there are, from 0, of names that `pattern` makes with each `step`th number in place of {}."""
     n = 0
-    while pattern.format(n) in theirs:
+    while pattern.format(n * step) in theirs:
         n += 1
     return n
 

@@ -1,8 +1,8 @@
 """Text tokenizers of the library youtokentome (github.com/VKCOM/YouTokenToMe): byte pair encoding
 (Sennrich et al. 2016, arXiv 1508.07909) of words that begin with ▁.
 
-A `.model` is text: how many characters and merges; on each line a code point and its id; on each line two ids and that of what
-they become on each line; the ids of the marks for unknown, padding, begin and end.
+A `.model` is text: how many characters and merges; on each line a code point and its id; on each line two ids and what
+they become; the ids of the marks for unknown, padding, begin and end.
 """
 
 from collections.abc import Iterable

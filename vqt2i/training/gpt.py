@@ -332,8 +332,10 @@ def train_gpt(
     base, started = None, {}
     if config.training.start_from is not None:
         base = find_base(config.training.start_from)
-        started = {"start_from": {"path": str(base), "fingerprint": read_card(base)["fingerprint"]},
-                   "reversed_share": max(config.training.reversed_share, reversed_share_of(read_card(base)) or 0)}
+        started = {
+            "start_from": {"path": str(base), "fingerprint": read_card(base)["fingerprint"]},
+            "reversed_share": max(config.training.reversed_share, reversed_share_of(read_card(base)) or 0),
+        }
     world, device = find_world(config.trainer.devices), pick_device()
     micro_batch_size = config.trainer.micro_batch_size(world.size)
     ds_json = choose_deepspeed(deepspeed, config.deepspeed, micro_batch_size)
@@ -389,8 +391,11 @@ def train_gpt(
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
             **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),
-            **({"text_encoder": {"path": str(config.condition.encoder), "fingerprint": encoder.fingerprint}}
-               if encoder else {}),
+            **(
+                {"text_encoder": {"path": str(config.condition.encoder), "fingerprint": encoder.fingerprint}}
+                if encoder
+                else {}
+            ),
             **started,
             sampling=config.sampling.model_dump(),
             example_prompts=example_prompts(dataset.split(config.data.validation_split)),
