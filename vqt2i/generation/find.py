@@ -15,6 +15,7 @@ from vqt2i.generation.parts import PIPELINE, PipelineConfig, pipeline_folders
 from vqt2i.generation.pipeline import TextToImage
 from vqt2i.generation.reading import reads_embeddings
 from vqt2i.runtime import say
+from vqt2i.text import holds_tokenizer
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
@@ -68,7 +69,8 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
         raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or a GPT run")
     models = trained_models(runs)
     vq = _by_fingerprint("image tokenizer", models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
-    text = next((Path(card[part]["path"]) for part in ("text_tokenizer", "text_encoder") if part in card), None)
+    beside = next((Path(card[part]["path"]) for part in ("text_tokenizer", "text_encoder") if part in card), None)
+    text = gpt_folder if holds_tokenizer(gpt_folder) else beside
     if "scorer" in card:
         clip = _by_fingerprint("scorer", models.get("clip", []), card["scorer"], gpt_folder)
         return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": clip}

@@ -224,7 +224,7 @@ class CogViewGPT(Family):
         return text_tokenizer_of(checkpoint.path, options).files
 
     def compare(self, model: GPT, io: Mapping[str, Tensor]) -> Iterator[Compared]:
-        """Logits of the ids that ours has, with causal attention and where the first five see each other; greedy ids."""
+        """Logits of the ids that ours has, with causal attention and with five that see each other; greedy ids."""
         scored, _ = their_ids(model.config)
 
         def read(row: Tensor) -> Sequences:

@@ -78,6 +78,11 @@ def load_tokenizer(path: Path) -> TextTokenizer | HuggingFaceTokenizer | YouToke
     return own or YouTokenToMe.find(path) or TextTokenizer.load(path)
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds one in a folder."""
+    return (folder / FILE).is_file() or len(list(folder.glob("*.model"))) == 1
+
+
 def load_own_tokenizer(folder: Path) -> HuggingFaceTokenizer | None:
     """The tokenizer in a scorer's folder, for one that does not read the ids of the others; None where there is none.
 

@@ -6,6 +6,7 @@ they become; the ids of the marks for unknown, padding, begin and end.
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class YouTokenToMe:
             if i != self.unknown or ids[-1:] != [i]:  # a run of unknown characters is one id
                 ids.append(i)
         while True:
-            found = [(*self._merges[pair], at) for at, pair in enumerate(zip(ids, ids[1:], strict=False))
+            found = [(*self._merges[pair], at) for at, pair in enumerate(pairwise(ids))
                      if pair in self._merges]  # fmt: skip
             if not found:
                 return ids

@@ -1,8 +1,10 @@
-"""The encoder and decoder of CogView's VQ-VAE (Ding et al. 2021, arXiv 2105.13290, §2.2, and the code published with it):
+"""The encoder and decoder of CogView's VQ-VAE (Ding et al. 2021, arXiv 2105.13290, §2.2, in its published code):
 convolutions of 4 x 4 with stride 2, and ReLU.
 
 B batch, H height, W width, C channels
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,7 @@ class StridedEncoder(nn.Module):
         self.register_buffer("pixel_mean", torch.zeros(3))
         self.register_buffer("pixel_std", torch.ones(3))
         widths = (3, *config.channels)
-        self.layers = nn.ModuleList(
-            nn.Conv2d(n_in, n_out, 4, stride=2, padding=1) for n_in, n_out in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.Conv2d(n_in, n_out, 4, stride=2, padding=1) for n_in, n_out in pairwise(widths))
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         h = (x_B3HW - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
@@ -40,8 +40,7 @@ class StridedDecoder(nn.Module):
         super().__init__()
         widths = (config.latent_width, *reversed(config.channels))
         self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)
-            for n_in, n_out in zip(widths, widths[1:], strict=False)
+            nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1) for n_in, n_out in pairwise(widths)
         )
         self.conv_out = nn.Conv2d(widths[-1], config.decoded_channels, 1)
 
