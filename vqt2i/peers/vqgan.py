@@ -74,7 +74,8 @@ def network_misfits(config: ImageTokenizerConfig) -> list[str]:
     if config.architecture != "taming":
         return [f"architecture {config.architecture}"]
     multiples = [width for width in config.channels if width % config.stem_width]
-    return differing(config, {"output": "pixels"}) + [f"a width of {w} beside {config.stem_width}" for w in multiples]
+    same = differing(config, {"output": "pixels", "norm_eps": 1e-6})
+    return same + [f"a width of {w} beside {config.stem_width}" for w in multiples]
 
 
 def attention_sizes(levels: Sequence[int], image_size_px: int) -> tuple[int, ...]:

@@ -62,8 +62,8 @@ class YouTokenToMe:
         return {"text.model": self.content}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text between the marks of begin and end. The empty text has no ids."""
-        words = clean_text(text).replace(SPACE, " ").split()
+        """Ids of a text in lower case, as ruDALL-E reads it, between marks of begin and end. The empty text has no ids."""
+        words = clean_text(text).lower().replace(SPACE, " ").split()
         if not words:
             return []
         return [self.begin, *(i for word in words for i in self._encode_word(word)), self.finish]
