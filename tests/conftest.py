@@ -88,6 +88,18 @@ def tiny_text() -> TextTokenizer:
     return train_text_tokenizer([*words, "square with words of no use"], TextTokenizerConfig(vocabulary_size=330))
 
 
+@pytest.fixture
+def tiny_t5(tmp_path: Path, tiny_text: TextTokenizer) -> Path:
+    """A folder like that of Flan-T5, in small: 12 features."""
+    from transformers import T5Config, T5EncoderModel  # takes seconds
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": tiny_text.n_ids}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5" / "spiece.model").write_bytes(tiny_text.model)
+    return tmp_path / "t5"
+
+
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory, tiny_text: TextTokenizer) -> Path:
     """A pipeline folder of untrained models that belong together: text/, vq/, gpt/, clip/, pipeline.yaml."""

@@ -14,7 +14,7 @@ from vqt2i.files import new_folder, sha256_of_parts, write_atomic, write_json
 from vqt2i.weights import INDEX, SHARD_BYTES, WEIGHTS, Later, Weights, weight_files, write_weights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-CONFIG, CARD = "config.yaml", "card.json"
+CONFIG, CARD, README = "config.yaml", "card.json", "README.md"
 
 
 def save_model(
@@ -92,6 +92,12 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not isinstance(card, dict):
         raise CheckpointError(f"{Path(folder) / CARD}: expected a JSON object, found a {type(card).__name__}")
     return card
+
+
+def hub_card(name: str, tags: list[str], licence: str | None, text: str) -> str:
+    """`README.md` as the Hugging Face Hub reads it, so that a folder can be pushed there as it is."""
+    known = f"license: {licence.lower()}\n" if licence else ""
+    return f"---\n{known}library_name: vqt2i\ntags: [{', '.join(tags)}]\n---\n\n# {name}\n\n{text}\n"
 
 
 def require_same(what: str, path: Path | str, *, found: str, expected: str, hint: str) -> None:

@@ -270,6 +270,11 @@ def test_another_family_and_names_too_few_or_too_many_are_told(fails, model: CLI
     save_openai(path, {n: v for n, v in state.items() if n != "ln_final.bias"} | {"logit_bias": torch.ones(())})
     told = refusal(fails, path)
     assert "lacks ln_final.bias" in told and "has logit_bias" in told
+    first = "transformer.resblocks.0.mlp.c_fc.weight"
+    save_openai(path, {n: v for n, v in state.items() if n != first})
+    assert f"it lacks {first}" in refusal(fails, path)
+    save_openai(path, state | {first: torch.ones(4)})
+    assert "weights or settings unlike those of a CLIP" in refusal(fails, path)
     save_openai(path, state | {"visual.proj": torch.ones(12, 128)})
     assert "visual.proj: found (12, 128), expected what makes (12, 128)" in refusal(fails, path)
     save_openai(path, state | {"visual.positional_embedding": torch.ones(7, 128)})
@@ -326,6 +331,9 @@ def test_settings_that_are_missing_or_of_another_model_are_told(fails, model: CL
         ({"vision": {"timm_model_name": "resnet"}}, "vision_cfg.timm_model_name: 'resnet', which this scorer has no"),
         ({"text": {"pool_type": "last"}}, "text_cfg.pool_type: 'last', which this scorer has no choice for"),
         ({"custom_text": True}, "model_cfg.custom_text: True"),
+        ({"vision": {"head_width": 48}}, "a tower 128 wide is no multiple of its heads' 48"),
+        ({"vision": {"head_width": "wide"}}, "weights or settings unlike those of a CLIP"),
+        ({"text": {"heads": 5}}, "texts: (top level): width 64 must be n_heads (5) times"),
         ({"text_cfg": None}, "expected settings of open_clip, with vision_cfg and text_cfg"),
     )):  # fmt: skip
         assert told in refusal(fails, save_open_clip(tmp_path / str(n), state, **values))

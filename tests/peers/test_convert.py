@@ -105,6 +105,18 @@ def test_check_writes_only_what_gives_the_recorded_outputs(fails, capsys, path: 
     save_file({"y": x}, tmp_path / "io.safetensors")
     expect_refusal(fails, path, "has no inputs and outputs", options=options)
     expect_refusal(fails, path, "No such file", options=("--check", tmp_path / "none"))
+    save_file(io | {"x": io["x"][:, :2].contiguous()}, tmp_path / "io.safetensors")
+    expect_refusal(fails, path, "holds no inputs and outputs of this model", options=options)
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (("--vq", "a"), "vq a: means nothing to the family taming-vqgan"),
+    (("--sampling", "b.yaml"), "--sampling b.yaml: of a GPT, and taming-vqgan is none"),
+    (("--image-size", "0"), "image_size_px"),
+    (("--image-size", "-4"), "image_size_px"),
+])  # fmt: skip
+def test_options_that_make_no_sense_are_refused(fails, path: Path, options: tuple, told: str) -> None:
+    expect_refusal(fails, path, told, options=options)
 
 
 def test_the_same_file_gives_the_same_fingerprint_and_shards_the_same_weights(path: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.peers import FAMILIES, Options
 from vqt2i.peers.convert import import_checkpoint
 from vqt2i.peers.llamagen import image_logits, pairs_apart, pairs_together
-from vqt2i.text import TextTokenizer, pad_texts
+from vqt2i.text import pad_texts
 from vqt2i.text.cleaning import clean_web_caption
 from vqt2i.text.encoder import TextEncoder, fingerprint_of
 from vqt2i.training.batches import Batch
@@ -39,7 +39,7 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 from vqt2i.vq.quantizer import VQConfig
 
 VQ, C2I, T2I = "llamagen-vq", "llamagen-gpt-c2i", "llamagen-gpt-t2i"
-N_IDS, WIDTH = 20, 12
+N_IDS, WIDTH = 20, 12  # the width of the features is that of `tiny_t5`
 VQ_CONFIG = ImageTokenizerConfig(
     image_size_px=16, downsample=4, architecture="taming", patch_px=1, channels=(64, 32, 96), stem_channels=32,
     latent_channels=12, n_res_blocks=2, attention_sizes_px=(4,),
@@ -69,16 +69,6 @@ def vq(tmp_path: Path, randomised) -> Path:
     """The folder of an image tokenizer for the GPTs."""
     save_model(tmp_path / "vq", randomised(ImageTokenizer(VQ_CONFIG)), VQ_CONFIG, {"kind": "vqgan"})
     return tmp_path / "vq"
-
-
-@pytest.fixture
-def t5(tmp_path: Path, tiny_text: TextTokenizer) -> Path:
-    """A folder like that of Flan-T5, in small."""
-    torch.manual_seed(0)
-    sizes = {"d_model": WIDTH, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": tiny_text.n_ids}
-    T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
-    (tmp_path / "t5" / "spiece.model").write_bytes(tiny_text.model)
-    return tmp_path / "t5"
 
 
 @pytest.fixture
@@ -173,12 +163,12 @@ def test_pairs_are_taken_apart_and_together(rows: int) -> None:
 
 @pytest.mark.parametrize("name", [C2I, T2I])
 def test_a_gpt_of_ours_in_that_layout_comes_back_equal(
-    save_native, randomised, tmp_path: Path, vq: Path, t5: Path, arguments: Path, name: str
+    save_native, randomised, tmp_path: Path, vq: Path, tiny_t5: Path, arguments: Path, name: str
 ) -> None:
     fingerprint = load_model(vq, ImageTokenizerConfig, ImageTokenizer).fingerprint
-    model = randomised(GPT(gpt_config(name, fingerprint, fingerprint_of(t5))))
+    model = randomised(GPT(gpt_config(name, fingerprint, fingerprint_of(tiny_t5))))
     path = save_native(tmp_path / "gpt.pt", name, model, "model", args=argparse.Namespace(gpt_type=name[-3:]))
-    options = Options(settings=arguments, vq=vq, text_encoder=t5 if name == T2I else None)
+    options = Options(settings=arguments, vq=vq, text_encoder=tiny_t5 if name == T2I else None)
     import_checkpoint(FAMILIES[name], path, tmp_path / "m", options)
     found = load_model(tmp_path / "m", GPTConfig, GPT)
     assert found.config == model.config
@@ -233,7 +223,7 @@ def refused(fails, name: str, path: Path, *options: object) -> str:
     return told
 
 
-def test_what_the_weights_do_not_tell_is_asked_for(save_native, fails, tmp_path: Path, vq, t5, arguments) -> None:
+def test_what_the_weights_do_not_tell_is_asked_for(save_native, fails, tmp_path: Path, vq, tiny_t5, arguments) -> None:
     path = save_native(tmp_path / "gpt.pt", C2I, GPT(gpt_config(C2I)), "model")
     assert "import that one first (llamagen-vq) and give its folder by --vq" in refused(fails, C2I, path)
     assert "2 layers of width 32 are no published size" in refused(fails, C2I, path, "--vq", vq)
@@ -241,11 +231,11 @@ def test_what_the_weights_do_not_tell_is_asked_for(save_native, fails, tmp_path:
     texts = save_native(tmp_path / "t2i.pt", T2I, GPT(gpt_config(T2I)), "model")
     told = refused(fails, T2I, texts, "--vq", vq, "--settings", arguments)
     assert "reads features of texts by Flan-T5 XL; give its local folder by --text-encoder" in told
-    options = ("--vq", vq, "--settings", arguments, "--text-encoder", t5)
-    config = json.loads((t5 / "config.json").read_text())
-    (t5 / "config.json").write_text(json.dumps(config | {"d_model": 16}))
+    options = ("--vq", vq, "--settings", arguments, "--text-encoder", tiny_t5)
+    config = json.loads((tiny_t5 / "config.json").read_text())
+    (tiny_t5 / "config.json").write_text(json.dumps(config | {"d_model": 16}))
     assert "its features are 16 wide, expected 12" in refused(fails, T2I, texts, *options)
-    (t5 / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    (tiny_t5 / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     assert "a model of type 'bert', expected a T5" in refused(fails, T2I, texts, *options)
 
 
@@ -256,6 +246,9 @@ def test_an_image_tokenizer_of_another_vocabulary_or_grid_is_refused(
     larger = gpt_config(C2I).model_copy(update={"layout": LayoutConfig(n_image_ids=21, grid_height=4, grid_width=4)})
     path = save_native(tmp_path / "gpt.pt", C2I, GPT(larger), "model")
     assert "has 21 image ids" in refused(fails, C2I, path, *options)
+    save_model(tmp_path / "g", GPT(larger), larger, {"kind": "gpt"})
+    told = refused(fails, C2I, path, "--vq", tmp_path / "g")
+    assert "g: a model of kind 'gpt', expected an image tokenizer" in told
     path = save_native(tmp_path / "c2i_B_384.pt", C2I, GPT(gpt_config(C2I)), "model")
     assert "for images of 384 px, the image tokenizer's are of 16 px; import that one with --image-size 384" in refused(
         fails, C2I, path, *options
@@ -271,10 +264,10 @@ def test_an_image_tokenizer_of_another_vocabulary_or_grid_is_refused(
 
 
 def test_a_prompt_becomes_a_picture_by_way_of_a_t5(
-    save_native, randomised, in_empty_folder: Path, vq: Path, t5: Path, arguments: Path, capsys
+    save_native, randomised, in_empty_folder: Path, vq: Path, tiny_t5: Path, arguments: Path, capsys
 ) -> None:
     path = save_native(in_empty_folder / "gpt.pt", T2I, randomised(GPT(gpt_config(T2I))), "model")
-    options = ["--vq", str(vq), "--text-encoder", str(t5), "--settings", str(arguments)]
+    options = ["--vq", str(vq), "--text-encoder", str(tiny_t5), "--settings", str(arguments)]
     assert main(["import_checkpoint", T2I, str(path), "--out", "gpt", *options]) == 0
     assert main(["generate", "A RED square", "--model", "gpt", "--n", "2", "--out", "drawn"]) == 0
     assert main(["make_pipeline", "--model", "gpt", "--out", "pipeline"]) == 0
@@ -307,48 +300,29 @@ def test_a_class_becomes_a_picture_without_any_tokenizer_of_texts(
     assert pipeline.config.sampling.guidance == 4.0 and pipeline.text is None
 
 
-def test_another_text_encoder_is_refused(save_native, tmp_path: Path, vq: Path, t5: Path, arguments, fails) -> None:
+def test_another_text_encoder_is_refused(
+    save_native, tmp_path: Path, vq: Path, tiny_t5: Path, arguments, fails
+) -> None:
     path = save_native(tmp_path / "gpt.pt", T2I, GPT(gpt_config(T2I)), "model")
-    options = Options(settings=arguments, vq=vq, text_encoder=t5)
+    options = Options(settings=arguments, vq=vq, text_encoder=tiny_t5)
     import_checkpoint(FAMILIES[T2I], path, tmp_path / "m", options)
-    config = json.loads((t5 / "config.json").read_text())
-    (t5 / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.2}))
+    config = json.loads((tiny_t5 / "config.json").read_text())
+    (tiny_t5 / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.2}))
     assert "made with text encoder" in fails("generate", "red", "--model", tmp_path / "m")
 
 
-@torch.inference_mode()
-def test_features_of_texts_read_together_are_those_of_each_alone(t5: Path) -> None:
-    encoder = TextEncoder.load(t5)
-    ids = [encoder.ids(text, 9) for text in ("a red square", "", "green square green square")]
-    assert [row[-1] for row in ids] == [1, 1, 1] and len(ids[1]) == 1 and len(encoder.ids("red " * 20, 9)) == 9
-    for together, row in zip(encoder.features(ids), ids, strict=True):
-        torch.testing.assert_close(together, encoder.features([row])[0])
-
-
-@pytest.mark.parametrize(("text", "cleaned"), [
-    ("A blue Porsche 356 parked in front of a yellow brick wall.",
-     "a blue porsche 356 parked in front of a yellow brick wall."),
-    ("“Two” cats – one, two,three", '"two" cats - one, two, three'),
-    ("a red bus 红色的 (see https://example.com/x) <b>here</b> @someone #123", "a red bus see here"),
-    ("this-is-my-cute-cat &amp; IMG_001.jpg", "this is my cute cat"),
-    ("", ""),
-])  # fmt: skip
-def test_captions_are_cleaned_as_those_of_the_web_were(text: str, cleaned: str) -> None:
-    assert clean_web_caption(text) == cleaned
-
-
 def test_an_imported_gpt_of_texts_goes_on_training_and_draws(
-    save_native, randomised, in_empty_folder: Path, vq: Path, t5: Path, arguments: Path, tiny_dataset: DataSet
+    save_native, randomised, in_empty_folder: Path, vq: Path, tiny_t5: Path, arguments: Path, tiny_dataset: DataSet
 ) -> None:
     path = save_native(in_empty_folder / "gpt.pt", T2I, randomised(GPT(gpt_config(T2I))), "model")
-    options = Options(settings=arguments, vq=vq, text_encoder=t5)
+    options = Options(settings=arguments, vq=vq, text_encoder=tiny_t5)
     base = import_checkpoint(FAMILIES[T2I], path, in_empty_folder / "gpt", options)
     projection = "projection: {kind: mlp, width: 32, bias: false}"
     settings = [
-        "name=tuned", f"data.path={tiny_dataset.folder}", f"text_tokenizer={t5}", "training.start_from=gpt",
+        "name=tuned", f"data.path={tiny_dataset.folder}", f"text_tokenizer={tiny_t5}", "training.start_from=gpt",
         "transformer={width: 32, n_layers: 2, n_heads: 2, mlp_width: 48, norm_eps: 1.0e-5, qk_norm: false}",
         "positions=rotary_image", "training.reversed_share=0", "training.null_share=0.5", "training.compile=false",
-        f"condition={{kind: features, encoder: {t5}, n_vectors: 6, {projection}, cleaning: web}}",
+        f"condition={{kind: features, encoder: {tiny_t5}, n_vectors: 6, {projection}, cleaning: web}}",
         "trainer={max_steps: 2, batch_size: 8, validate_every_steps: 2, n_validation_samples: 7, precision: fp32}",
     ]  # fmt: skip
     assert main(["train_gpt", "--vq", str(vq), *(part for s in settings for part in ("--set", s))]) == 0
@@ -357,14 +331,14 @@ def test_an_imported_gpt_of_texts_goes_on_training_and_draws(
     changed = {n for n, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[n])}
     assert changed == {name for name, _ in after.named_parameters()}
     card = read_card(Path("runs/tuned/model"))
-    assert card["start_from"]["fingerprint"] == base and card["text_encoder"]["path"] == str(t5)
+    assert card["start_from"]["fingerprint"] == base and card["text_encoder"]["path"] == str(tiny_t5)
     assert main(["generate", "a red square", "--model", "runs/tuned", "--n", "1", "--out", "drawn"]) == 0
 
 
 @torch.no_grad()
-def test_training_reads_the_features_that_drawing_reads(t5: Path) -> None:
-    encoder = TextEncoder.load(t5)
-    config = CaptionFeatures(encoder=t5, n_vectors=6, projection=LinearProjection(), cleaning="web")
+def test_training_reads_the_features_that_drawing_reads(tiny_t5: Path) -> None:
+    encoder = TextEncoder.load(tiny_t5)
+    config = CaptionFeatures(encoder=tiny_t5, n_vectors=6, projection=LinearProjection(), cleaning="web")
     texts = ["A RED square", "", "green square square green red square red"]
     ids = [encoder.tokenizer.encode(text) for text in texts]
     batch = Batch(None, None, pad_texts(ids, 40), torch.zeros(3))

@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.family not in FAMILIES:
         raise UserError(f"family {args.family!r}: expected one of {', '.join(FAMILIES)}")
+    if args.sampling and FAMILIES[args.family].kind != "gpt":
+        raise UserError(f"--sampling {args.sampling}: of a GPT, and {args.family} is none; leave it out")
     options, facts = Options(args.settings, args.image_size, args.vq, args.text_encoder, args.text), {}
     preset = REPOSITORY / "configs" / "sampling" / f"{args.family}.yaml"
     if args.sampling or preset.is_file():

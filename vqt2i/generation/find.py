@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from vqt2i.checkpoint import CARD, CONFIG, load_model, read_card, save_model
+from vqt2i.checkpoint import CARD, CONFIG, README, hub_card, load_model, read_card, save_model
 from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.config import build_config, load_config, save_config
 from vqt2i.errors import CheckpointError
@@ -168,6 +168,18 @@ def write_pipeline(
             for name, content in pipeline.clip_text.files.items():
                 write_atomic(partial / "clip" / name, content)
         save_config(config, partial / PIPELINE)
+        write_atomic(partial / README, _readme(out.name, pipeline, {p: f for p, f in folders.items() if f}))
+
+
+def _readme(name: str, pipeline: TextToImage, folders: dict[str, Path]) -> str:
+    cards = {part: read_card(folder) for part, folder in folders.items() if (folder / CARD).is_file()}
+    licences = {card.get("licence") for card in cards.values()}
+    told = ["Draw with it: `python tools/generate.py PROMPT --model` and this folder. Its parts by fingerprint:", ""]
+    for part, fingerprint in pipeline.fingerprints.items():
+        source, licence = (cards.get(part, {}).get(key) for key in ("source", "licence"))
+        came = f", from {source['file']} of {source['repository']}" if source else ""
+        told.append(f"- `{part}/` {fingerprint[:8]}{came}{f', licence {licence}' if licence else ''}")
+    return hub_card(name, ["text-to-image"], licences.pop() if len(licences) == 1 else None, "\n".join(told))
 
 
 def _defaults(gpt_folder: Path) -> PipelineConfig:

@@ -63,7 +63,8 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
     trained, encoder = gpt.config, None
     reads_texts = not isinstance(trained.condition, LabelCondition)
     if folders["text"] is None and reads_texts:
-        raise CheckpointError(f"{folders['gpt']}: reads texts, found no text tokenizer; put it into text/ beside it")
+        raise CheckpointError(f"{folders['gpt'].with_name('text')}: no such folder; the GPT beside it reads texts, so "
+                              "put its text tokenizer there")  # fmt: skip
     if isinstance(trained.condition, FeatureCondition):
         encoder = TextEncoder.load(folders["text"])
         require_same("text encoder", folders["gpt"], found=encoder.fingerprint, expected=trained.condition.encoder,

@@ -77,7 +77,7 @@ class Layout(NamedTuple):
 
     @property
     def markers(self) -> tuple[str, ...]:
-        return tuple(self.names.values())
+        return (*self.names.values(), self.up(0), self.up(1))
 
     def up(self, tower: int, layer: str = "0") -> str:
         """The name of the first matrix of a block's MLP, (its width, that of the tower)."""
@@ -136,6 +136,7 @@ class CLIPFamily(Family):
     kind = "clip"
     repository = "https://github.com/openai/CLIP"
     markers = OPENAI.markers
+    unused = ("image_size_px", "vq", "text_encoder")
     project, weights_file, settings_file = "hf-clip", "model.safetensors", "config.json"
 
     def __init__(self, layout: Layout = HUGGING_FACE) -> None:
@@ -159,6 +160,12 @@ class CLIPFamily(Family):
         return CLIPFamily(OPENAI if OPENAI.names["class_token"] in checkpoint.tensors else HUGGING_FACE)
 
     def config(self, checkpoint: Checkpoint, options: Options) -> CLIPConfig:
+        try:
+            return self._config(checkpoint, options)
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            raise CheckpointError(f"{checkpoint.path}: weights or settings unlike those of a CLIP ({error})") from error
+
+    def _config(self, checkpoint: Checkpoint, options: Options) -> CLIPConfig:
         theirs, path, layout = checkpoint.tensors, checkpoint.path, self.layout
         settings = (_openai_settings if layout is OPENAI else _hugging_face_settings)(checkpoint, options)
         shapes = {ours: tuple(theirs[name].shape) for ours, name in layout.names.items()}
@@ -175,8 +182,8 @@ class CLIPFamily(Family):
             "patch_size_px": patch_size_px,
             "text_length": shapes["text_positions"][0] - 2,
             "n_text_ids": shapes["text_embedding.weight"][0],
-            "vision": _tower(theirs, layout, 0, settings.vision),
-            "text": _tower(theirs, layout, 1, settings.text),
+            "vision": _tower(checkpoint, layout, 0, settings.vision),
+            "text": _tower(checkpoint, layout, 1, settings.text),
             "embedding_width": shapes["text_projection.weight"][1 if layout.transposed else 0],
             "text_tokenizer": tokenizer.fingerprint if tokenizer else UNKNOWN,
             "image_readout": ClassReadout(),
@@ -270,12 +277,20 @@ def _tower_settings(config: TransformerConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tower(theirs: Mapping[str, Tensor], layout: Layout, tower: int, settings: Tower) -> TransformerConfig:
+def _tower(checkpoint: Checkpoint, layout: Layout, tower: int, settings: Tower) -> TransformerConfig:
+    theirs = checkpoint.tensors
     mlp_width, width = theirs[layout.up(tower)].shape
-    return TransformerConfig(
-        width=width, n_layers=count(theirs, layout.up(tower, "{}")), mlp_width=mlp_width, n_heads=settings.n_heads,
-        mlp=settings.activation, norm_eps=settings.norm_eps, **COMMON,
-    )  # fmt: skip
+    values = {
+        "width": width, "n_layers": count(theirs, layout.up(tower, "{}")), "mlp_width": mlp_width,
+        "n_heads": settings.n_heads, "mlp": settings.activation, "norm_eps": settings.norm_eps,
+    }  # fmt: skip
+    return build_config(TransformerConfig, values | COMMON, f"{checkpoint.path}: {('images', 'texts')[tower]}")
+
+
+def _n_heads(width: int, head_width: int) -> int:
+    if width % head_width:
+        raise ValueError(f"a tower {width} wide is no multiple of its heads' {head_width}")
+    return width // head_width
 
 
 def _find_tokenizer(checkpoint: Checkpoint, options: Options) -> HuggingFaceTokenizer | None:
@@ -297,7 +312,7 @@ def _openai_settings(checkpoint: Checkpoint, options: Options) -> Settings:
             raise CheckpointError(f"{path}: nothing says how wide its heads are and which GELU it has, for there is no "
                                   f"{OPEN_CLIP_SETTINGS} beside it and no {OPENAI_ONLY[0]} in it, as OpenAI's have; "
                                   "give the former by --settings")  # fmt: skip
-        return Settings(Tower(vision_width // 64, "gelu_quick"), Tower(width // 64, "gelu_quick"), marks)
+        return Settings(*(Tower(_n_heads(w, 64), "gelu_quick") for w in (vision_width, width)), marks)
     read = _read_json(file)
     model, pixels = read.get("model_cfg", read), read.get("preprocess_cfg", {})
     vision, text = model.get("vision_cfg"), model.get("text_cfg")
@@ -317,7 +332,8 @@ def _openai_settings(checkpoint: Checkpoint, options: Options) -> Settings:
                 raise CheckpointError(f"{file}: {part}.{name} is {values.get(name)}, in {path.name} {size}; they do "
                                       "not belong together")  # fmt: skip
     activation = "gelu_quick" if model.get("quick_gelu") else "gelu"
-    towers = Tower(vision_width // vision.get("head_width", 64), activation), Tower(text["heads"], activation)
+    n_heads = _n_heads(vision_width, vision.get("head_width", 64))
+    towers = Tower(n_heads, activation), Tower(text["heads"], activation)
     return Settings(*towers, marks, **{name: tuple(pixels[name]) for name in ("mean", "std") if pixels.get(name)})
 
 

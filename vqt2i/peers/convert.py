@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from vqt2i.checkpoint import CARD, fill_model_folder, load_model, read_card
-from vqt2i.errors import CheckpointError
+from vqt2i.checkpoint import CARD, README, fill_model_folder, hub_card, load_model
+from vqt2i.errors import CheckpointError, DataError, UserError
 from vqt2i.files import new_folder, require_free, sha256_of_file, write_atomic
 from vqt2i.peers import FAMILIES, Compared, Family, Options
 from vqt2i.peers.family import MODELS
@@ -17,7 +17,6 @@ from vqt2i.peers.table import converted
 from vqt2i.runtime import counter, say
 from vqt2i.weights import SHARD_BYTES
 
-README = "README.md"
 NO_OPTIONS = Options()
 
 
@@ -39,9 +38,12 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: another family, a damaged file, weights that do not fit, outputs that differ.
-        UserError: `out` exists already.
+        UserError: `out` exists already, or an option that means nothing here.
     """
     require_free(out)
+    for name, value in options._asdict().items():
+        if value is not None and name in family.unused:
+            raise UserError(f"{name} {value}: means nothing to the family {family.name}; leave it out")
     io = None if check is None else read_io(check)
     checkpoint = family.read(path)
     require_family(family, checkpoint)
@@ -63,10 +65,14 @@ def import_checkpoint(
             )
         for name, content in files.items():
             write_atomic(partial / name, content)
-        write_atomic(partial / README, model_card(out.name, read_card(partial)))
+        write_atomic(partial / README, hub_card(out.name, [family.kind, family.name], family.licence, about(card)))
         if io is not None:
             model = load_model(partial, config_class, model_class)
-            require_agreement(check, list(family.compare(model, io)))
+            try:
+                compared = list(family.compare(model, io))
+            except (KeyError, RuntimeError, ValueError, IndexError, DataError) as error:
+                raise CheckpointError(f"--check {check}: holds no inputs and outputs of this model ({error})") from None
+            require_agreement(check, compared)
     return fingerprint
 
 
@@ -115,12 +121,11 @@ def require_agreement(path: Path, compared: list[Compared]) -> None:
         raise CheckpointError(f"--check {path}: {', '.join(wrong)} differ from what is recorded; nothing was written")
 
 
-def model_card(name: str, card: dict[str, Any]) -> str:
-    """`README.md` as the Hugging Face Hub reads it."""
+def about(card: dict[str, Any]) -> str:
+    """What a model's `README.md` says."""
     source = card["source"]
     return (
-        f"---\nlicense: {card['licence'].lower()}\nlibrary_name: vqt2i\ntags: [{card['kind']}, {source['family']}]\n"
-        f"---\n\n# {name}\n\nConverted from `{source['file']}` of [{source['family']}]({source['repository']}) by "
-        f"`vqt2i import_checkpoint`; licence of the weights: {card['licence']}. `{CARD}` has the checksum of the "
-        f"original. The same numbers in other files: nothing was trained or rounded.\n"
+        f"Converted from `{source['file']}` of [{source['family']}]({source['repository']}) by `vqt2i "
+        f"import_checkpoint`; licence of the weights: {card['licence']}. `{CARD}` has the checksum of the original. "
+        "The same numbers in other files: nothing was trained or rounded."
     )

@@ -57,7 +57,8 @@ class Family(ABC):
     Attributes:
         name: what the user calls it. kind: of our model. repository, licence: of code and weights, as their authors
             state them.
-        markers: names that its checkpoints have and no others do together.
+        markers: names that its checkpoints have and no others do together. unused: names of `Options` that mean nothing
+            to it.
         project: the name that `export --to` knows it by; None where there is no way back. weights_file, weights_key:
             where its own code looks for the weights, and under which key, which safetensors have none of.
             settings_file: JSON, or YAML by its name.
@@ -68,6 +69,7 @@ class Family(ABC):
     repository: ClassVar[str]
     licence: ClassVar[str]
     markers: ClassVar[tuple[str, ...]]
+    unused: ClassVar[tuple[str, ...]] = ()
     project: ClassVar[str | None] = None
     weights_file: ClassVar[str]
     weights_key: ClassVar[str]

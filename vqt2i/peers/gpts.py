@@ -33,12 +33,13 @@ def image_tokenizer_of(
         n_image_ids: how many it must have; None is any number.
 
     Raises:
-        CheckpointError: none is given, or one of another vocabulary.
+        CheckpointError: none is given, something else, or one of another vocabulary.
     """
     if options.vq is None:
         raise CheckpointError(f"{family}: its ids mean nothing without their image tokenizer; import that one "
                               f"first ({first}) and give its folder by --vq")  # fmt: skip
-    read_card(options.vq)
+    if (kind := read_card(options.vq).get("kind")) != "vqgan":
+        raise CheckpointError(f"--vq {options.vq}: a model of kind {kind!r}, expected an image tokenizer")
     vq = load_config(ImageTokenizerConfig, options.vq / "config.yaml")
     if n_image_ids not in (None, vq.vocab_size):
         raise CheckpointError(f"{path}: has {n_image_ids:,} image ids, {options.vq} {vq.vocab_size:,}; give the image "

@@ -53,6 +53,7 @@ class LlamaGenVQ(Family):
         "encoder.conv_in.weight", "encoder.conv_out.weight", "encoder.conv_blocks.0.res.0.conv1.weight",
         "quantize.embedding.weight",
     )  # fmt: skip
+    unused = ("vq", "text_encoder", "text")
     project = "llamagen"
     weights_file, weights_key, settings_file = "vq_model.pt", "model", "config.json"
 
@@ -63,7 +64,7 @@ class LlamaGenVQ(Family):
         channels = [theirs[f"encoder.conv_blocks.{level}.res.0.conv1.weight"].shape[0] for level in range(n_levels)]
         n_codes, code_dim = theirs["quantize.embedding.weight"].shape
         require_same_arguments(path, {"codebook_size": n_codes, "codebook_embed_dim": code_dim}, arguments)
-        image_size_px = options.image_size_px or IMAGE_SIZE_PX
+        image_size_px = IMAGE_SIZE_PX if options.image_size_px is None else options.image_size_px
         quantizer = {
             "kind": "vq", "codebook_size": n_codes, "code_dim": code_dim, "update": "gradient", "codebook_weight": 1.0,
             "commitment_weight": 0.25, "l2_normalised": arguments.get("codebook_l2_norm", True), "restart_below": 0,
@@ -216,7 +217,8 @@ class LlamaGenGPT(Family):
         return name == "freqs_cis"  # a table of positions, which old files may hold
 
     def facts(self, config: GPTConfig, options: Options) -> dict[str, Any]:
-        return {"image_tokenizer": {"path": str(options.vq), "fingerprint": config.image_tokenizer}}
+        image_tokenizer = {"path": str(options.vq), "fingerprint": config.image_tokenizer}
+        return {"image_tokenizer": image_tokenizer, "reversed_share": 0}  # it never reads an image before a text
 
     def misfits(self, config: GPTConfig) -> list[str]:
         t = config.transformer
@@ -241,14 +243,10 @@ class LlamaGenGPT(Family):
         """Teacher-forced logits; and whether each greedy id is the likeliest after those before it."""
         tokens = io["tokens"]
         for ending, (condition, null) in self.condition_batches(io, model).items():
-            if f"tf_logits{ending}" in io:
-                logits = image_logits(model, condition, tokens)
-                yield Compared(f"tf_logits{ending}", largest_difference(logits, io[f"tf_logits{ending}"]), TOLERANCE)
-            if f"tf_logits_null{ending}" in io:
-                logits = image_logits(model, null, tokens)
-                yield Compared(
-                    f"tf_logits_null{ending}", largest_difference(logits, io[f"tf_logits_null{ending}"]), TOLERANCE
-                )
+            for name, read in ((f"tf_logits{ending}", condition), (f"tf_logits_null{ending}", null)):
+                if name in io:
+                    difference = largest_difference(image_logits(model, read, tokens), io[name])
+                    yield Compared(name, difference, TOLERANCE)
             for name in io:
                 guidance = re.fullmatch(rf"gen_cfg([\dp]+)(?:_interval(\d+))?{ending}", name)
                 if guidance:
@@ -277,6 +275,7 @@ class LlamaGenC2I(LlamaGenGPT):
     """Of one of some classes; the row after the last is the null."""
 
     name = "llamagen-gpt-c2i"
+    unused = ("image_size_px", "text_encoder", "text")
     markers = (
         "tok_embeddings.weight", "cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight",
         "layers.0.feed_forward.w1.weight",
@@ -310,6 +309,7 @@ class LlamaGenT2I(LlamaGenGPT):
     """Of up to 120 features of a text by Flan-T5 XL, left-padded; the null has a vector for each of the 120 places."""
 
     name = "llamagen-gpt-t2i"
+    unused = ("image_size_px", "text")
     markers = (
         "tok_embeddings.weight", "cls_embedding.uncond_embedding", "cls_embedding.cap_proj.fc1.weight",
         "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight",

@@ -117,4 +117,4 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
 def _line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = next((line for line in lines if "GLOBAL" in line), lines[0] if lines else type(error).__name__)
-    return told[:160]
+    return told.split(". ")[0][:200]

@@ -44,6 +44,7 @@ class TamingVQGAN(Family):
     repository = "https://github.com/CompVis/taming-transformers"
     licence = "MIT"
     markers = (*NEEDED, "quantize.embedding.weight")
+    unused = ("vq", "text_encoder", "text")
     codebook = "quantize.embedding.weight"
     project = "taming"
     weights_file, weights_key, settings_file = "model.ckpt", "state_dict", "model.yaml"
@@ -54,7 +55,8 @@ class TamingVQGAN(Family):
         settings = self.settings(path, options)
         native = native_settings(theirs, self.codebook)
         require_same_settings(path, native, settings)
-        image_size_px = options.image_size_px or settings.get("resolution") or IMAGE_SIZE_PX
+        sizes_px = (options.image_size_px, settings.get("resolution"), IMAGE_SIZE_PX)
+        image_size_px = next(size for size in sizes_px if size is not None)
         ch, times = native["ch"], native["ch_mult"]
         values = {
             "image_size_px": image_size_px, "downsample": 2 ** (len(times) - 1), "architecture": "taming",

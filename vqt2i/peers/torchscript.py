@@ -29,10 +29,11 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a file in a zip: its mark, how lo
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is an archive that `torch.jit.save` wrote."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] for name in archive.namelist()]
+    except zipfile.BadZipFile:
         return False
-    with zipfile.ZipFile(path) as archive:
-        names = [name.partition("/")[2] for name in archive.namelist()]
     return "constants.pkl" in names and any(name.startswith("code/") for name in names)
 
 

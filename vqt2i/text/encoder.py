@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vqt2i.errors import CheckpointError, ConfigError
@@ -48,7 +49,7 @@ class TextEncoder:
             raise ConfigError(f"{folder}: needs `transformers`; pip install 'vqt2i[t5]'") from None
         try:
             model = T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="float32")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: not a T5 of `transformers` ({error})") from None
         tokenizer = TextTokenizer.load(folder / TOKENIZER)
         if tokenizer.n_ids > model.config.vocab_size:
