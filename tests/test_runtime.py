@@ -1,3 +1,4 @@
+
 import subprocess
 import sys
 from pathlib import Path

@@ -270,6 +270,7 @@ class Tally:
         elif self._looked - self._changed > SILENCE_S:
             raise UserError(f"another process has done nothing for {SILENCE_S:.0f} s; see what it told")
 
+
     def wait(self) -> None:
         """Let the others work for a moment, and `look`."""
         time.sleep(WAIT_S)

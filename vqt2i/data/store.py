@@ -192,7 +192,9 @@ class TokenStore:
     def split(self, name: str) -> TokenSplit:
         if name not in self.spec.splits:
             raise DataError(f"{self.folder}: no split '{name}'; it has {', '.join(self.spec.splits)}")
-        return TokenSplit(self.folder, name, self.spec.splits[name].n_samples, embedded=self.spec.scorer is not None)
+        return TokenSplit(
+            self.folder, name, self.spec.splits[name].n_samples, embedded=self.spec.scorer is not None
+        )
 
 
 def image_id_dtype(n_image_ids: int) -> type[np.integer]:

@@ -74,7 +74,9 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
         require_same(
             "text tokenizer", folders["gpt"], found=text.fingerprint, expected=trained.text_tokenizer, hint=hint
         )
-    require_same("image tokenizer", folders["gpt"], found=vq.fingerprint, expected=trained.image_tokenizer, hint=hint)
+    require_same(
+        "image tokenizer", folders["gpt"], found=vq.fingerprint, expected=trained.image_tokenizer, hint=hint
+    )
     clip, clip_text = None, text
     if folders["clip"] is not None:
         clip, clip_text = _load_scorer(folders["clip"], text, hint)

@@ -26,7 +26,9 @@ class TextReader(nn.Module):
         """What stands before the images."""
         return self.layout.text_prefix(text)
 
-    def collate(self, conditions: Sequence[tuple[int, ...]], device: torch.device, *, whole: bool = False) -> TextBatch:
+    def collate(
+        self, conditions: Sequence[tuple[int, ...]], device: torch.device, *, whole: bool = False
+    ) -> TextBatch:
         """Values in a batch, padded to the longest of them only, for what is not there costs nothing in any step; or
         with `whole` to the length that all have room in."""
         ids, most = [list(text) for text in conditions], self.layout.config.text_length
@@ -139,3 +141,4 @@ def build_projection(config: Projection, n_in: int, n_out: int) -> nn.Module:
     if config.kind == "linear":
         return linear(n_in, n_out)
     return nn.Sequential(linear(n_in, config.width), nn.GELU(approximate="tanh"), linear(config.width, n_out))
+

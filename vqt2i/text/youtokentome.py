@@ -62,7 +62,7 @@ class YouTokenToMe:
         return {"text.model": self.content}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text in lower case, as ruDALL-E reads it, between marks of begin and end. The empty text has no ids."""
+        """Ids of a text in lower case, as ruDALL-E reads it, between its marks. The empty text has no ids."""
         words = clean_text(text).lower().replace(SPACE, " ").split()
         if not words:
             return []
