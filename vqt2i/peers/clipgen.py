@@ -56,8 +56,10 @@ class ClipGenVQ(Family):
     kind = "vqgan"
     repository = REPOSITORY
     licence = "MIT"
-    markers = ("encoder.down.0.block.0.weight", "encoder.final.3.weight", "decoder.quant_conv_in.weight",
-               "quantizer.embedding.weight")  # fmt: skip
+    markers = (
+        "encoder.conv_in.weight", "encoder.down.0.block.6.weight", "encoder.final.2.weight", "encoder.final.3.weight",
+        "decoder.quant_conv_in.weight", "quantizer.embedding.weight",
+    )  # fmt: skip
 
     def config(self, checkpoint: Checkpoint, options: Options) -> ImageTokenizerConfig:
         theirs, path = checkpoint.tensors, checkpoint.path
@@ -69,10 +71,12 @@ class ClipGenVQ(Family):
                 levels.append({"n": 0, "attention": False})
             elif f"encoder.down.{n}.norm.weight" in theirs:
                 levels[-1]["attention"] = True
-            else:
+            elif f"encoder.down.{n}.block.6.weight" in theirs:
                 levels[-1]["n"] += 1
                 levels[-1]["width"] = len(theirs[f"encoder.down.{n}.block.6.weight"])
             n += 1
+        if any(level["n"] == 0 for level in levels):
+            raise CheckpointError(f"{path}: lacks the blocks of a level of encoder.down; is it whole? Copy it again")
         image_size_px = options.image_size_px or IMAGE_SIZE_PX
         n_codes, code_dim = theirs["quantizer.embedding.weight"].shape
         quantizer = {

@@ -146,7 +146,10 @@ class CogViewGPT(Family):
     kind = "gpt"
     repository = REPOSITORY
     licence = "Apache-2.0"
-    markers = (EMBEDDINGS, POSITIONS, "transformer.layers.0.third_layernorm.weight")
+    markers = (
+        EMBEDDINGS, POSITIONS, "transformer.layers.0.third_layernorm.weight",
+        "transformer.layers.0.mlp.dense_h_to_4h.weight",
+    )  # fmt: skip
 
     def read(self, path: Path) -> Checkpoint:
         """The file, or in the folder of a checkpoint that of its only part."""

@@ -95,8 +95,10 @@ class MinDalleGPT(Family):
     kind = "gpt"
     repository = REPOSITORY
     licence = "CC-BY-NC-SA-4.0"
-    markers = ("tok_emb_txt.weight", "tok_emb_img.weight", "pos_emb_img.weight", "blocks.0.attn.query.weight",
-               "head_txt.weight")  # fmt: skip
+    markers = (
+        "tok_emb_txt.weight", "tok_emb_img.weight", "pos_emb_txt.weight", "pos_emb_img.weight", "blocks.0.ln1.weight",
+        "blocks.0.mlp.0.weight",
+    )  # fmt: skip
 
     def __init__(self, tokenizer: HuggingFaceTokenizer | None = None, pad: int = -1) -> None:
         self.tokenizer, self.pad = tokenizer, pad

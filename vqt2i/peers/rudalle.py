@@ -54,8 +54,11 @@ class RuDalleGPT(Family):
     kind = "gpt"
     repository = "https://github.com/ai-forever/ru-dalle"
     licence = "Apache-2.0"
-    markers = ("text_embeddings.weight", "image_embeddings.weight", "image_row_embeddings.weight",
-               "to_logits.1.weight", "transformer.layers.0.before_first_addition_layernorm.weight")  # fmt: skip
+    markers = (
+        "text_embeddings.weight", "image_embeddings.weight", "text_pos_embeddings.weight",
+        "image_row_embeddings.weight", "transformer.layers.0.before_first_addition_layernorm.weight",
+        "transformer.layers.0.mlp.dense_h_to_4h.weight",
+    )  # fmt: skip
 
     def config(self, checkpoint: Checkpoint, options: Options) -> GPTConfig:
         theirs, path = checkpoint.tensors, checkpoint.path
