@@ -289,7 +289,7 @@ def test_a_prompt_becomes_a_picture_by_the_tokenizer_in_the_gpts_folder(importab
     with torch.inference_mode():
         reader = pipeline.gpt.reader
         logits, other = (pipeline.gpt.prefill(reader(reader.collate([c], pipeline.gpt.device)))[0] for c in conditions)
-    assert (logits - other).abs().max() > 1e-2
+    assert (logits - other).abs().max() > 1e-3
 
 
 def test_their_ids_of_cogview_are_ours_mark_by_mark() -> None:

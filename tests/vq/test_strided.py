@@ -44,7 +44,7 @@ def test_pixels_are_normalised_before_they_are_padded(vq: ImageTokenizer) -> Non
 
 
 @pytest.mark.parametrize(("values", "told"), [
-    ({"patch_px": 1}, "has patch_px 2"),
+    ({"patch_px": 1, "channels": (8, 12, 16, 16)}, "has patch_px 2"),
     ({"n_res_blocks": 1}, "n_res_blocks 0; found"),
     ({"attention_sizes_px": (2,)}, "no attention_sizes_px"),
     ({"norm_eps": 1e-5}, "norm_eps 1e-05: of architecture 'taming' only"),
