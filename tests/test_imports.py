@@ -17,7 +17,7 @@ ROWS = (
     {"errors"},
     {"files"},
     {"config", "runtime", "weights"},
-    {"nn", "checkpoint", "processes"},
+    {"nn", "checkpoint", "processes", "origin"},
     {"text", "data"},
     {"vq", "gpt", "clip"},
     {"generation", "peers"},

@@ -27,6 +27,8 @@ VERBS = (
     "edit",
     "caption",
     "evaluate",
+    "compare",
+    "gate",
     "diagnose",
     "make_pipeline",
     "import_checkpoint",

@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _draw(args: argparse.Namespace) -> None:
     """One process's part; alone it is all of it."""
-    from contextlib import nullcontext
+    from functools import partial
 
     from vqt2i.cli.options import placement_from, sampling_from
+    from vqt2i.generation.filling import fill_folder
     from vqt2i.generation.find import open_pipeline
-    from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder, set_aside, write_group
+    from vqt2i.generation.output import Request, next_folder
     from vqt2i.generation.prompts import Picture, prompt_name, read_prompts
     from vqt2i.generation.samples import Mix
-    from vqt2i.processes import LOADING, Stopped, Tally, find_place, from_first
-    from vqt2i.runtime import counter, say
+    from vqt2i.processes import find_place
     from vqt2i.text import clean_text
 
     place = find_place(args.devices)
@@ -93,49 +93,15 @@ def _draw(args: argparse.Namespace) -> None:
     n = args.n or min(4, args.rerank or 4)
     request = Request([prompt_name(prompt) for prompt in prompts], n, settings, pipeline.fingerprints)
 
-    outputs: OutputFolder | None = None
-
-    def open_folder() -> tuple[Path, list[int]]:
-        nonlocal outputs
-        out = args.out or next_folder(Path("outputs"))
-        outputs = OutputFolder(out, request)
-        return out, outputs.missing
-
-    out, missing = from_first(open_folder, LOADING)
-    count = args.rerank or n
     tokens_per_image = pipeline.gpt.layout.image_length
-    preview = PreviewFile(out / "preview.png") if args.preview and outputs else None
-    if outputs:
-        if preview:
-            say(f"preview: {preview.path}")
-        if len(missing) < len(prompts):
-            say(f"{out}: {len(prompts) - len(missing):,} of {len(prompts):,} prompts are there")
-    try:
-        groups = pipeline.stream(  # before anything is written: it may refuse
-            prompts, count, indices=missing[place.rank :: place.size], scorer=scorer, scored=args.rerank is not None,
-            sampling=sampling, negative=negative, mix=mix, seed=args.seed, on_preview=preview,
-            on_token=lambda n_tokens: tally.add(n_tokens),
-        )  # fmt: skip
-        with (
-            counter("drawing", len(missing) * count, unit="images") as advance,
-            Tally(lambda n_tokens: advance(n_tokens / tokens_per_image)) as tally,
-            outputs or nullcontext(),
-            preview or nullcontext(),
-        ):
-            for group in groups:
-                tally.look()  # before the last group is there, and with it the end of the first process
-                if outputs:
-                    outputs.write(group)
-                else:
-                    set_aside(out, request, group[0].prompt_index, write_group(out, request, group))
-            while outputs and outputs.n_done < len(prompts):
-                tally.wait()
-                outputs.collect()
-    except (KeyboardInterrupt, Stopped):
-        if outputs:
-            say(f"{outputs.n_drawn:,} of {len(prompts):,} prompts are in {out}; "
-                f"the same command with --out {out} goes on")  # fmt: skip
-        raise
+    stream = partial(
+        pipeline.stream, prompts, args.rerank or n, scorer=scorer, scored=args.rerank is not None, sampling=sampling,
+        negative=negative, mix=mix, seed=args.seed,
+    )  # fmt: skip
+    outputs = fill_folder(
+        lambda: args.out or next_folder(Path("outputs")), request, stream, place, count=args.rerank or n,
+        tokens_per_image=tokens_per_image, preview=args.preview,
+    )  # fmt: skip
     if outputs:
         _report(outputs, tokens_per_image)
 

@@ -27,6 +27,7 @@ from vqt2i.config import Config
 from vqt2i.data.images import fit_square, to_tensor, to_uint8
 from vqt2i.data.shards import DataSet, Split
 from vqt2i.errors import DataError
+from vqt2i.evaluation.prompts import first_captions
 from vqt2i.generation import TextToImage
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.gpt import GPT, LossWeights, gpt_loss
@@ -247,16 +248,11 @@ def _judge_sampling(losses: Losses) -> Stage:
 
 def _read(pipeline: TextToImage, split: Split, n: int) -> _Samples:
     """The first `n` images of a split that have captions, each with one of them, a language each in turn."""
-    images, captions = [], []
-    for index in range(len(split)):
-        if len(images) == n:
-            break
-        said = list(split.captions(index).values())
-        if said:
-            images.append(fit_square(split[index].image_HW3, pipeline.vq.config.image_size_px))
-            captions.append(said[len(captions) % len(said)][0])
-    if len(images) < 2:
-        raise DataError(f"a split of {len(split)} samples, {len(images)} of them with captions: expected 2 or more")
+    found = list(first_captions(split, n))
+    if len(found) < 2:
+        raise DataError(f"a split of {len(split)} samples, {len(found)} of them with captions: expected 2 or more")
+    images = [fit_square(split[index].image_HW3, pipeline.vq.config.image_size_px) for index, _, _ in found]
+    captions = [caption for _, _, caption in found]
     image_B3HW = to_tensor(np.stack(images))
     ids = [pipeline.vq.encode(part.to(pipeline.gpt.device)).cpu() for part in image_B3HW.split(_AT_ONCE)]
     return _Samples(image_B3HW, torch.cat(ids), captions, [pipeline.text.encode(text) for text in captions])

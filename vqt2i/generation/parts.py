@@ -79,7 +79,7 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
     )
     clip, clip_text = None, text
     if folders["clip"] is not None:
-        clip, clip_text = _load_scorer(folders["clip"], text, hint)
+        clip, clip_text = load_scorer(folders["clip"], text, hint)
     if reads_embeddings(gpt):
         wanted = trained.condition.encoder
         if clip is None:
@@ -90,7 +90,7 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
     return Parts(text, vq, gpt, clip, clip_text, prior, encoder)
 
 
-def _load_scorer(folder: Path, text: TextTokenizer | None, hint: str) -> tuple[CLIP, TextTokenizer]:
+def load_scorer(folder: Path, text: TextTokenizer | None, hint: str) -> tuple[CLIP, TextTokenizer]:
     """A scorer and its tokenizer: its own, where it has one, else the pipeline's."""
     clip, tokenizer = load_model(folder, CLIPConfig, CLIP), load_own_tokenizer(folder) or text
     found = tokenizer.fingerprint if tokenizer else "none"
