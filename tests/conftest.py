@@ -169,6 +169,12 @@ def gpt_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     return GPT_KINDS[request.param]
 
 
+@pytest.fixture(params=[name for name, kind in GPT_KINDS.items() if kind.get("padding") != "bare"])
+def two_way_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """As `gpt_kind`, of those that read images before texts too."""
+    return GPT_KINDS[request.param]
+
+
 @pytest.fixture
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run in a folder with nothing in it: no runs/, no data/."""

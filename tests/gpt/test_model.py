@@ -243,5 +243,5 @@ def test_an_odd_width_of_heads_is_for_learned_positions_only(make_gpt) -> None:
     odd = TransformerConfig(width=30, n_layers=2, n_heads=6, mlp_width=48)
     gpt = make_gpt("learned", transformer=odd)
     assert gpt(gpt.layout.join(pad_texts(TEXTS, 5), images(4))).isfinite().all()
-    with pytest.raises(ValueError, match="positions rotary: heads are 5 wide, expected an even width"):
+    with pytest.raises(ValueError, match="positions rotary: heads are 5 wide, expected a multiple of 2"):
         make_gpt(transformer=odd)
