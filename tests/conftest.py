@@ -19,7 +19,15 @@ from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.generation.parts import PIPELINE, PipelineConfig
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, ConditionConfig, GPTConfig, LayoutConfig, LowResolutionCondition, TextCondition
+from vqt2i.gpt import (
+    GPT,
+    ConditionConfig,
+    GPTConfig,
+    HeadConfig,
+    LayoutConfig,
+    LowResolutionCondition,
+    TextCondition,
+)
 from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, RowColumnConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextTokenizer
@@ -37,7 +45,7 @@ COLOURS = {
 }
 SIZE_PX, GRID, TEXT_LENGTH = 16, 4, 12
 TRANSFORMER = TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=48)
-DENSE, TEXT = DenseConfig(), TextCondition()
+DENSE, TEXT, PLAIN_HEAD = DenseConfig(), TextCondition(), HeadConfig()
 
 # of every choice of the transformer and of its positions, in the combinations of published models
 WIDE = TransformerConfig(width=32, n_layers=5, n_heads=2, mlp_width=48, bias=True, qk_norm=False)
@@ -50,6 +58,10 @@ GPT_KINDS = {
     "DALL-E": {
         "positions": "learned", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu_quick"}),
         "sparsity": RowColumnConfig(conv_size=3), "padding": "learned",
+    },
+    "ruDALL-E": {
+        "positions": "learned", "transformer": WIDE.model_copy(update=COGVIEW | {"norm": "layer"}), "padding": "bare",
+        "sparsity": RowColumnConfig(conv_size=3, conv_wraps=False), "head": HeadConfig(norm=True, bias=True),
     },
     "LlamaGen": {
         "positions": "rotary_image", "transformer": TRANSFORMER.model_copy(update={"norm_eps": 1e-5, "qk_norm": False}),
@@ -159,6 +171,7 @@ def make_gpt() -> Callable[..., GPT]:
         transformer: TransformerConfig = TRANSFORMER,
         sparsity: SparsityConfig = DENSE,
         condition: ConditionConfig = TEXT,
+        head: HeadConfig = PLAIN_HEAD,
         **layout: object,
     ) -> GPT:
         read = {"n_text_ids": 10, "text_length": 5} if condition.kind in ("text", "low_resolution") else {}
@@ -166,7 +179,7 @@ def make_gpt() -> Callable[..., GPT]:
         torch.manual_seed(seed)
         config = GPTConfig(
             transformer=transformer, layout=LayoutConfig(**sizes), condition=condition, positions=positions,
-            sparsity=sparsity, text_tokenizer="t" if read else None, image_tokenizer="i",
+            sparsity=sparsity, head=head, text_tokenizer="t" if read else None, image_tokenizer="i",
         )  # fmt: skip
         return GPT(config).eval()
 
@@ -176,6 +189,12 @@ def make_gpt() -> Callable[..., GPT]:
 @pytest.fixture(params=GPT_KINDS)
 def gpt_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Arguments of `make_gpt`: one kind of GPT after the other."""
+    return GPT_KINDS[request.param]
+
+
+@pytest.fixture(params=[name for name, kind in GPT_KINDS.items() if kind.get("padding") != "bare"])
+def two_way_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """As `gpt_kind`, of those that read images before texts too."""
     return GPT_KINDS[request.param]
 
 

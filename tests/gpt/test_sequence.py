@@ -147,6 +147,22 @@ def test_learned_padding_fills_up_texts_that_are_padded_less() -> None:
     assert all(torch.equal(*pair) for pair in zip(short[:3], whole[:3], strict=True))
 
 
+def test_bare_texts_by_hand() -> None:
+    layout = SequenceLayout(LAYOUT.config.model_copy(update={"padding": "bare"}))
+    first, p1, p2, p3 = 10, 16, 17, 18
+    assert (layout.first_image_id, layout.first_learned_pad, layout.n_targets, layout.n_ids) == (first, p1, 16, 19)
+    assert (layout.prefix_length, layout.length) == (3, 3 + 4) and not layout.has_marks
+    sequences = layout.join(TEXT, IMAGE)
+    assert sequences.ids_BL[:, :3].tolist() == [[7, 8, p3], [p1, p2, p3], [1, 2, 3]]
+    assert torch.equal(sequences.ids_BL[:, 3:], IMAGE + first) and sequences.real_BL.all()
+    assert sequences.positions_BLA[:, :3].tolist() == [[[k, 0, 0] for k in (1, 2, 3)]] * 3
+    at = layout.image_targets(reversed_order=False)
+    assert torch.equal(sequences.ids_BL[:, at.start + 1 : at.stop + 1], IMAGE + first)
+    assert layout.text_targets(reversed_order=False) == slice(0, 2)
+    short, whole = (layout.text_prefix(pad_texts([[7], []], length)) for length in (1, 3))
+    assert all(torch.equal(*pair) for pair in zip(short[:3], whole[:3], strict=True))
+
+
 def test_a_null_that_is_image_first_reads_the_image_as_the_reversed_order_does() -> None:
     layout = SequenceLayout(LAYOUT.config.model_copy(update={"null_condition": "image_first"}))
     found, others, behind = layout.join(TEXT, IMAGE), LAYOUT.join(TEXT, IMAGE), LAYOUT.join_reversed(TEXT, IMAGE)
@@ -158,7 +174,9 @@ def test_a_null_that_is_image_first_reads_the_image_as_the_reversed_order_does()
         assert part[::2].equal(other[::2])
 
 
-@pytest.mark.parametrize("sizes", [{"padding": "learned"}, {"n_text_ids": 0, "text_length": 0}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"padding": "learned"}, {"padding": "bare"}, {"n_text_ids": 0, "text_length": 0}], ids=str
+)
 def test_a_null_that_is_image_first_is_of_texts_with_masked_padding(sizes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="null_condition image_first: found"):
         LayoutConfig(**LAYOUT.config.model_dump() | {"null_condition": "image_first"} | sizes)

@@ -157,7 +157,7 @@ def exported(folder: Path, out: Path) -> CLIPModel:
 def require_same_outputs(scorer: CLIP, model: CLIPModel, mean: list[float] = MEAN, std: list[float] = STD) -> None:
     image_HW3 = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     texts = [[0, 1, 3], [], [2, 2, 1, 0, 0, 3]]
-    pixels = (torch.from_numpy(image_HW3).movedim(-1, 1) / 255 - torch.tensor(mean)[:, None, None])
+    pixels = torch.from_numpy(image_HW3).movedim(-1, 1) / 255 - torch.tensor(mean)[:, None, None]
     pixels = pixels / torch.tensor(std)[:, None, None]
     image_BE, text_BE = embed_images(scorer, to_tensor(image_HW3)), embed_texts(scorer, texts)
     found = scorer.logit_scale() * image_BE @ text_BE.T

@@ -324,5 +324,5 @@ def test_pictures_that_cannot_be_read_or_drawn_from_are_told(model_folders: Path
 
 def test_no_caption_scores_where_no_text_is_read(trained: Path, tmp_path: Path) -> None:
     pipeline = open_pipeline(str(trained), tmp_path, "cpu")
-    with pytest.raises(PromptError, match="this GPT reads no text; use the scorer 'clip'"):
+    with pytest.raises(PromptError, match="this GPT predicts no text from an image; use the scorer 'clip'"):
         pipeline.generate("a red square", rerank=2, scorer="both")

@@ -153,7 +153,7 @@ def diagnose(
     """
     tell = on_stage or (lambda _: None)
     gpt = pipeline.gpt
-    if not gpt.layout.predicts_text:
+    if not gpt.layout.has_both_orders:
         read = READS[gpt.layout.condition.kind]
         raise ConfigError(f"diagnosis: this GPT reads {read}; expected one that reads texts")
     tell("image tokenizer")

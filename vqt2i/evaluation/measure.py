@@ -329,7 +329,7 @@ class Evaluation:
         texts = [pipeline.text.encode(text)] * n
         if pipeline.clip is not None:
             steps["clip"] = lambda: clip_scores(pipeline.engine.clip(pipeline.clip), image_B3HW, texts)
-        if pipeline.gpt.layout.predicts_text:
+        if pipeline.gpt.layout.has_both_orders:
             steps["caption"] = lambda: caption_scores(pipeline.engine.gpt(pipeline.gpt), ids_BHW, texts)
         seconds = {name: min(_seconds(step) for _ in range(2)) / n for name, step in steps.items()}
         return [Row("seconds", value, None, None, n, {"step": name}) for name, value in seconds.items()]

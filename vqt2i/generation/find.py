@@ -16,6 +16,7 @@ from vqt2i.generation.pipeline import TextToImage
 from vqt2i.generation.reading import reads_embeddings
 from vqt2i.generation.upscale import require_upscaler
 from vqt2i.runtime import say
+from vqt2i.text import holds_tokenizer
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 Kind = Literal["gpt", "upscaler"]  # that cards name; what draws from prompts, and what from smaller pictures
@@ -72,7 +73,8 @@ def trained_parts(gpt_folder: Path, runs: Path, kinds: tuple[Kind, ...] = ("gpt"
         raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or {expected}")
     models = trained_models(runs)
     vq = _by_fingerprint("image tokenizer", models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
-    text = next((Path(card[part]["path"]) for part in ("text_tokenizer", "text_encoder") if part in card), None)
+    beside = next((Path(card[part]["path"]) for part in ("text_tokenizer", "text_encoder") if part in card), None)
+    text = gpt_folder if holds_tokenizer(gpt_folder) else beside
     if "scorer" in card:
         clip = _by_fingerprint("scorer", models.get("clip", []), card["scorer"], gpt_folder)
         return {"text": text, "vq": vq, "gpt": gpt_folder, "clip": clip}

@@ -56,7 +56,7 @@ def decoding_needs(
     element = gpt.embedding.weight.element_size()
     kept = FP32 if gpt.device.type == "cpu" else element  # as in Branches
     n = gpt.layout.image_length
-    prefix = gpt.layout.prefix_length if text_length is None else 3 + text_length
+    prefix = gpt.layout.prefix_length if text_length is None or layout.padding != "masked" else 3 + text_length
     guided = sampling.guided_tokens(n)
     branches = 1 + bool(guided) + mixed
     position = 2 * config.n_layers * config.width * kept

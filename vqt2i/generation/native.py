@@ -42,9 +42,11 @@ class NativeGPT:
         self._cos_sin_IH, places_ID = self._positions()
         table_VD = gpt.embedding.weight[first : first + gpt.layout.config.n_image_ids]
         tables = {"weight": table_VD, "bias": places_ID}
+        self._blocks = list(transformer.list_operations(keeps=True))
         operations = [
             transformer.operation(EMBED, RESIDUAL, RESIDUAL, tables, n_out=table_VD.shape[1]),
-            *transformer.list_operations(keeps=True),
+            *self._blocks,
+            *([transformer.norm(gpt.head.norm, NORMED, NORMED)] if gpt.config.head.norm else []),
             transformer.product(gpt.head, NORMED, LOGITS, rows=slice(first, None)),
         ]
         self._operations = (Operation * len(operations))(*operations)
@@ -79,7 +81,7 @@ class NativeGPT:
         """As `GPT.read_on` without masks, for parts that are alike in their positions."""
         before_B = cache.n_before_B if self.config.positions == "sequence" else None
         x_BLD, cos_sin = self._gpt.embed(part, before_B)
-        return self._transformer.read_on(self._operations[1:-1], x_BLD, cache, cos_sin)
+        return self._transformer.read_on(self._blocks, x_BLD, cache, cos_sin)
 
     def _positions(self) -> tuple[Tensor | None, Tensor | None]:
         """Of each image token: cosines and sines, (I, H), or what is added to its embedding, (I, D)."""

@@ -202,7 +202,7 @@ class TextToImage:
     @property
     def default_scorer(self) -> Scorer:
         """What ranks candidates where nothing else is said."""
-        if not self.gpt.layout.predicts_text:
+        if not self.gpt.layout.has_both_orders:
             return "clip"
         return "both" if self.clip else "caption"
 
@@ -286,8 +286,8 @@ class TextToImage:
         scorer = scorer or self.default_scorer
         if scorer not in get_args(Scorer):
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
-        if scored and scorer != "clip" and not self.gpt.layout.predicts_text:
-            raise PromptError(f"scorer {scorer!r}: this GPT reads no text; use the scorer 'clip'")
+        if scored and scorer != "clip" and not self.gpt.layout.has_both_orders:
+            raise PromptError(f"scorer {scorer!r}: this GPT predicts no text from an image; use the scorer 'clip'")
         if scored and scorer != "caption" and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
@@ -631,8 +631,9 @@ class TextToImage:
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(EditScorer))}")
         if rerank and scorer in ("clip", "both") and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; use the scorer 'likelihood' or 'caption'")
-        if rerank and scorer in ("caption", "both") and not self.gpt.layout.predicts_text:
-            raise PromptError(f"scorer {scorer!r}: this GPT reads no text; use the scorer 'likelihood' or 'clip'")
+        if rerank and scorer in ("caption", "both") and not self.gpt.layout.has_both_orders:
+            raise PromptError(f"scorer {scorer!r}: this GPT predicts no text from an image; use the scorer "
+                              "'likelihood' or 'clip'")  # fmt: skip
         if pasted and pasted.feather_px < 0:
             raise PromptError(f"feather of {pasted.feather_px} pixels: expected 0 or more")
         if pasted and isinstance(change, Vary):

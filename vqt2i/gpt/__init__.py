@@ -18,7 +18,7 @@ from vqt2i.gpt.condition import (
     Vectors,
 )
 from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss, image_log_probability
-from vqt2i.gpt.model import GPT, GPTConfig, Positions
+from vqt2i.gpt.model import GPT, GPTConfig, HeadConfig, Positions
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "FeatureCondition",
     "GPTConfig",
     "GPTLoss",
+    "HeadConfig",
     "LabelCondition",
     "LayoutConfig",
     "LinearProjection",

@@ -22,7 +22,7 @@ from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 from vqt2i.nn.attention import FLEX_HEAD_WIDTH, block_mask
 from vqt2i.nn.cache import BranchedCache, PrefixCache
 from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, SparsityConfig
-from vqt2i.nn.transformer import Rotary, Transformer, TransformerConfig
+from vqt2i.nn.transformer import Rotary, Transformer, TransformerConfig, build_norm
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -32,6 +32,17 @@ EMBEDDING_STD = 0.02  # GPT-2's
 # index, row and column ("learned", DALL·E's), of text index and image index in raster order ("raster", minDALL-E's), of
 # the index in the whole without padding ("sequence", CogView's)
 Positions = Literal["rotary", "rotary_image", "learned", "raster", "sequence"]
+
+
+class HeadConfig(Config):
+    """What scores ids, besides its matrix.
+
+    norm: whether the head has a norm of its own, behind the transformer's last one (ruDALL-E's, in its published code).
+    bias: whether it has a bias (ruDALL-E's, CLIP-GEN's).
+    """
+
+    norm: bool = False
+    bias: bool = False
 
 
 class GPTConfig(Config):
@@ -45,6 +56,7 @@ class GPTConfig(Config):
     condition: ConditionConfig = TextCondition()
     positions: Positions = "rotary"
     sparsity: SparsityConfig = DenseConfig()
+    head: HeadConfig = HeadConfig()
     text_tokenizer: str | None = None
     image_tokenizer: str
 
@@ -62,8 +74,9 @@ class GPTConfig(Config):
         sizes = {"layout.n_text_ids": self.layout.n_text_ids, "layout.text_length": self.layout.text_length}
         parts = sizes | {"text_tokenizer": self.text_tokenizer}
         wrong = [f"{name} {value}" for name, value in parts.items() if bool(value) != self.sequence_layout.reads_text]
-        if wrong or (self.layout.padding == "learned" and not self.sequence_layout.reads_text):
-            raise ValueError(f"condition {self.condition.kind}: found {', '.join(wrong) or 'learned padding'}; texts "
+        if wrong or (self.layout.padding != "masked" and not self.sequence_layout.reads_text):
+            padding = f"{self.layout.padding} padding"
+            raise ValueError(f"condition {self.condition.kind}: found {', '.join(wrong) or padding}; texts "
                              "have a tokenizer and sizes above 0, other conditions neither")  # fmt: skip
         return self
 
@@ -97,8 +110,12 @@ class SplitHead(nn.Linear):
     A call of its own and no product with its bare weight: ZeRO 3 brings a module's weights together when it is called.
     """
 
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config.transformer.width, config.sequence_layout.n_targets, bias=config.head.bias)
+        self.norm = build_norm(config.transformer) if config.head.norm else nn.Identity()
+
     def forward(self, hidden_BLD: Tensor, rows: slice) -> Tensor:
-        return F.linear(hidden_BLD, self.weight[rows])
+        return F.linear(self.norm(hidden_BLD), self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 class ImageRotary(Rotary):
@@ -129,7 +146,7 @@ class GPT(nn.Module):
         self.reader = build_reader(self.layout, width)
         self.embedding = nn.Embedding(self.layout.n_ids, width)
         self.transformer = Transformer(config.transformer)
-        self.head = SplitHead(width, self.layout.n_targets, bias=False)
+        self.head = SplitHead(config)
         if config.positions == "rotary":
             # half of the pairs for the text axis, a quarter each for row and column; image grids are short, so their
             # base is too: every pair turns by a useful angle within the grid
@@ -151,6 +168,8 @@ class GPT(nn.Module):
         for table in (m for m in self.modules() if isinstance(m, nn.Embedding)):
             nn.init.normal_(table.weight, std=EMBEDDING_STD)
         nn.init.normal_(self.head.weight, std=width**-0.5)
+        if config.head.bias:
+            nn.init.zeros_(self.head.bias)
 
     def _visible(self) -> Tensor:
         """What an image position may see of the image, for each pattern in `patterns`; NumPy has no meta device."""

@@ -13,6 +13,11 @@ text may leave free (DALL·E, Ramesh et al. 2021, arXiv 2102.12092, §2.2):
 
     text → image    T2I t₁ … tₙ EOT Pₙ₊₁ … P_S | BOI i₁ … i_I
 
+Bare texts have such padding and no marks, so that there is no order image → text and no EOT in the id space (minDALL-E
+and ruDALL-E in their published code):
+
+    text → image    t₁ … tₙ Pₙ₊₁ … P_S i₁ … i_I
+
 Positions have three axes (text, row, column): a text token is (k, 0, 0) counted from its own start, so that padding
 changes nothing; an image token is (0, row + 1, column + 1); marks are (0, 0, 0), EOT follows its text.
 A text of no ids is the null condition of classifier-free guidance (Ho & Salimans 2022). Read as other texts are, it has
@@ -25,7 +30,8 @@ Where vectors or a label stand for a text there are image ids only, and behind t
 
     vectors → image    PAD … PAD v₁ … vₙ i₁ … i_I        label → image    C i₁ … i_I
 
-The last of them predicts i₁, as the mark BOI does. Vectors stand at (k, 0, 0) from 0, a label at (0, 0, 0).
+The last of them predicts i₁, as the mark BOI does. Vectors stand at (k, 0, 0) from 0, a label at (0, 0, 0), bare texts
+with their padding at (k, 0, 0) from 1.
 
 Where the image is to be drawn from one of half the height and width, the ids of that stand behind the text, in the same
 id space, each where the upper left of the four that it stands for does, on a plane of its own behind all of the text:
@@ -96,7 +102,8 @@ class Sequences(NamedTuple):
 class LayoutConfig(Config):
     """Sizes of a sequence; they follow from the tokenizers and the longest text.
 
-    n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned".
+    n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned"; with
+    "bare" it is learned and there are no marks.
     null_condition: how a text of no ids is read.
     """
 
@@ -105,12 +112,12 @@ class LayoutConfig(Config):
     text_length: NonNegativeInt = 0
     grid_height: PositiveInt
     grid_width: PositiveInt
-    padding: Literal["masked", "learned"] = "masked"
+    padding: Literal["masked", "learned", "bare"] = "masked"
     null_condition: Literal["empty_text", "image_first"] = "empty_text"
 
     @model_validator(mode="after")
     def _an_image_that_comes_first_has_no_padding(self) -> Self:
-        if self.null_condition == "image_first" and (self.padding == "learned" or not self.text_length):
+        if self.null_condition == "image_first" and (self.padding != "masked" or not self.text_length):
             raise ValueError(f"null_condition image_first: found {self.padding} padding of {self.text_length} text "
                              "ids; expected texts whose padding is masked")  # fmt: skip
         return self
@@ -130,7 +137,7 @@ class SequenceLayout:
 
     @property
     def predicts_text(self) -> bool:
-        """Whether texts are predicted too: read after an image, and scored."""
+        """Whether texts are predicted too."""
         return isinstance(self.condition, TextCondition)
 
     @property
@@ -139,12 +146,22 @@ class SequenceLayout:
         return isinstance(self.condition, LowResolutionCondition)
 
     @property
+    def has_marks(self) -> bool:
+        """Whether marks stand around a text, as they must where it is predicted from an image."""
+        return self.reads_text and self.config.padding != "bare"
+
+    @property
+    def has_both_orders(self) -> bool:
+        """Whether texts are read after an image too, and predicted from it."""
+        return self.predicts_text and self.has_marks
+
+    @property
     def eot(self) -> int:
         return self.config.n_text_ids
 
     @property
     def first_image_id(self) -> int:
-        return self.config.n_text_ids + 1 if self.reads_text else 0
+        return self.config.n_text_ids + self.has_marks
 
     @property
     def pad(self) -> int:
@@ -168,7 +185,7 @@ class SequenceLayout:
 
     @property
     def first_learned_pad(self) -> int:
-        return self.pad + 5
+        return self.pad + 5 if self.has_marks else self.pad
 
     @property
     def first_label_id(self) -> int:
@@ -180,7 +197,7 @@ class SequenceLayout:
             return self.first_label_id + self.condition.n_labels + 1
         if isinstance(self.condition, VectorCondition):
             return self.n_targets
-        return self.first_learned_pad + (self.config.text_length if self.config.padding == "learned" else 0)
+        return self.first_learned_pad + (self.config.text_length if self.config.padding != "masked" else 0)
 
     @property
     def n_targets(self) -> int:
@@ -196,7 +213,9 @@ class SequenceLayout:
         """Length of everything before the first image token in the order text → image."""
         if isinstance(self.condition, VectorCondition):
             return self.condition.n_vectors
-        return self.config.text_length + 3 + self.low_length if self.reads_text else 1
+        if not self.reads_text:
+            return 1
+        return self.config.text_length + (3 if self.has_marks else 0) + self.low_length
 
     @property
     def low_length(self) -> int:
@@ -206,21 +225,25 @@ class SequenceLayout:
     @property
     def n_text_positions(self) -> int:
         """Length of the text axis: positions on it are below."""
-        return self.config.text_length + 2 + self.is_upscaling if self.reads_text else self.prefix_length
+        if not self.reads_text:
+            return self.prefix_length
+        return self.config.text_length + (2 if self.has_marks else 1) + self.is_upscaling
 
     @property
     def length(self) -> int:
         return self.prefix_length + self.image_length
 
     def text_prefix(self, text: TextBatch) -> Sequences:
-        """PAD … T2I text EOT BOI: what stands before the image in the order text → image.
+        """PAD … T2I text EOT BOI, or a bare text: what stands before the image in the order text → image.
 
         Its length is S + 3: `prefix_length` for texts padded to `text_length`; decoding pads them less, unless padding
         is learned.
         """
-        learned = self.config.padding == "learned"
+        learned = self.config.padding != "masked"
         if learned:
             text = text._replace(ids_BS=F.pad(text.ids_BS, (0, self.config.text_length - text.ids_BS.shape[1])))
+        if not self.has_marks:
+            return self._bare_prefix(text)
         S, n_B1 = text.ids_BS.shape[1], text.n_ids_B[:, None]
         slot_1L = torch.arange(S + 2, device=text.ids_BS.device)[None]
         # 0 at T2I, 1..n in the text, n + 1 at EOT, negative in masked padding, above in learned padding
@@ -240,6 +263,12 @@ class SequenceLayout:
             positions = positions.masked_fill(null_B1[..., None], 0)
             real = torch.where(null_B1, last_1L, real)
         return Sequences(ids, positions, real)
+
+    def _bare_prefix(self, text: TextBatch) -> Sequences:
+        slot_1S = torch.arange(self.config.text_length, device=text.ids_BS.device)[None]
+        ids = torch.where(slot_1S < text.n_ids_B[:, None], text.ids_BS, self.first_learned_pad + slot_1S)
+        positions = F.pad((slot_1S + 1).expand_as(ids)[..., None], (0, 2))
+        return Sequences(ids, positions, torch.ones_like(ids, dtype=torch.bool))
 
     def vector_prefix(self, vectors_BND: Tensor, real_BN: Tensor) -> Sequences:
         """PAD … vectors: what stands before the image where vectors do. `real_BN`: bool, false for padding."""
@@ -313,7 +342,10 @@ class SequenceLayout:
         return self.image_prefix(image_BI).then(after)
 
     def text_targets(self, *, reversed_order: bool) -> slice:
-        """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included)."""
+        """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included); of a bare text all
+        but its first id (S - 1 of them)."""
+        if not self.has_marks:
+            return slice(0, self.config.text_length - 1)
         start = self.image_length + 1 if reversed_order else 0
         return slice(start, start + self.config.text_length + 1)
 

@@ -220,23 +220,23 @@ class NativeTransformer(nn.Module):
             attention, mlp = block.attention, block.mlp
             gains = torch.stack((attention.q_norm.weight, attention.k_norm.weight)) if config.qk_norm else None
             seen_II = self.visible[layer] if self.visible else None
-            yield self._norm(block.attention_norm)
+            yield self.norm(block.attention_norm)
             yield self.product(attention.qkv, NORMED, WIDE)
             yield self.operation(ATTEND, WIDE, NARROW, {"weight": gains, "visible": seen_II}, eps=config.norm_eps,
                                  layer=layer if keeps else 0, n_out=0 if seen_II is None else len(seen_II))  # fmt: skip
             yield self.product(attention.out, NARROW, target, adds)
             if sandwiched:
-                yield self._norm(block.attention_out_norm, NORMED, RESIDUAL, 1)
-            yield self._norm(block.mlp_norm)
+                yield self.norm(block.attention_out_norm, NORMED, RESIDUAL, 1)
+            yield self.norm(block.mlp_norm)
             yield self.product(mlp.gate_up if gated else mlp.up, NORMED, WIDE)
             yield self.operation(ACTIVATE, WIDE, NARROW, format=ACTIVATIONS[config.mlp], n_out=config.mlp_width,
                                  n_in=config.mlp_width * (2 if gated else 1))  # fmt: skip
             yield self.product(mlp.down, NARROW, target, adds)
             if sandwiched:
-                yield self._norm(block.mlp_out_norm, NORMED, RESIDUAL, 1)
-        yield self._norm(transformer.norm)
+                yield self.norm(block.mlp_out_norm, NORMED, RESIDUAL, 1)
+        yield self.norm(transformer.norm)
 
-    def _norm(self, norm: nn.Module, source: int = RESIDUAL, target: int = NORMED, adds: int = 0) -> Operation:
+    def norm(self, norm: nn.Module, source: int = RESIDUAL, target: int = NORMED, adds: int = 0) -> Operation:
         tensors = {"weight": norm.weight, "bias": getattr(norm, "bias", None)}
         sizes = {"n_in": norm.weight.numel(), "eps": norm.eps, "adds": adds}
         return self.operation(NORM, source, target, tensors, format=NORMS[self.config.norm], **sizes)
@@ -249,7 +249,8 @@ class NativeTransformer(nn.Module):
             self._packed_matrices[linear] = pack(linear.weight[rows], self.precision)
         packed, scale_O = self._packed_matrices[linear]
         sizes = {"n_in": linear.in_features, "n_out": len(linear.weight[rows]), "adds": adds}
-        operation = self.operation(LINEAR, source, target, {"scale": scale_O, "bias": linear.bias}, **sizes)
+        bias = None if linear.bias is None else linear.bias[rows]
+        operation = self.operation(LINEAR, source, target, {"scale": scale_O, "bias": bias}, **sizes)
         operation.format, operation.weight = FORMATS[self.precision], packed.data_ptr()
         return operation
 

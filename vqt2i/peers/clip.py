@@ -156,7 +156,7 @@ class CLIPFamily(Family):
     def recognises(self, tensors: Mapping[str, Tensor]) -> bool:
         return any(set(layout.markers) <= tensors.keys() for layout in (OPENAI, HUGGING_FACE))
 
-    def of(self, checkpoint: Checkpoint) -> "CLIPFamily":
+    def of(self, checkpoint: Checkpoint, options: Options) -> "CLIPFamily":
         return CLIPFamily(OPENAI if OPENAI.names["class_token"] in checkpoint.tensors else HUGGING_FACE)
 
     def config(self, checkpoint: Checkpoint, options: Options) -> CLIPConfig:

@@ -47,7 +47,7 @@ def import_checkpoint(
     io = None if check is None else read_io(check)
     checkpoint = family.read(path)
     require_family(family, checkpoint)
-    family = family.of(checkpoint)
+    family = family.of(checkpoint, options)
     config = family.config(checkpoint, options)
     config_class, model_class = MODELS[family.kind]
     with torch.device("meta"):

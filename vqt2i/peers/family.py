@@ -83,8 +83,9 @@ class Family(ABC):
         """Whether a checkpoint is of this family, by the names in it."""
         return all(name in tensors for name in self.markers)
 
-    def of(self, checkpoint: Checkpoint) -> "Family":
-        """The importer of this checkpoint, where a family is published with its weights under several names."""
+    def of(self, checkpoint: Checkpoint, options: Options) -> "Family":
+        """The importer of this checkpoint: where weights are published under several names, or their order follows from
+        what lies beside them."""
         return self
 
     @abstractmethod

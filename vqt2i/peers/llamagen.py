@@ -4,7 +4,6 @@ There are no settings beside the published weights: what these do not tell follo
 is in a `config.json` of the model's arguments.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -16,10 +15,12 @@ from einops import rearrange
 from torch import Tensor
 
 from vqt2i.checkpoint import read_card
-from vqt2i.config import build_config, load_config
+from vqt2i.config import build_config
 from vqt2i.errors import CheckpointError
 from vqt2i.gpt import GPT, ConditionBatch, GPTConfig, VectorBatch
+from vqt2i.peers.arguments import find_arguments, require_same_arguments
 from vqt2i.peers.family import Compared, Family, Options, compare_tokenizer, differing, largest_difference, n_different
+from vqt2i.peers.gpts import image_logits, image_tokenizer_of
 from vqt2i.peers.reading import Checkpoint
 from vqt2i.peers.table import Changed, Fill, Joined, Table, prefixed, with_weights
 from vqt2i.peers.vqgan import attention_sizes, count, network_misfits, network_table
@@ -36,30 +37,6 @@ N_HEADS = {
     (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1536): 24, (48, 2560): 40, (22, 2048): 32, (24, 3200): 32,
     (32, 4096): 32,
 }  # fmt: skip
-
-
-def find_arguments(path: Path, given: Path | None) -> dict[str, Any]:
-    """The model's arguments in a JSON file: the one given, else `config.json` beside the checkpoint, if it is one.
-
-    Raises:
-        CheckpointError: the file that was given cannot be read as such.
-    """
-    file = given or path.parent / "config.json"
-    if given is None and not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not the model's arguments as JSON ({error})") from None
-    return values | {"file": file} if isinstance(values, dict) else {}
-
-
-def require_same_arguments(path: Path, told: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the weights are of another size than the arguments say."""
-    for name, value in told.items():
-        if arguments.get(name, value) != value:
-            raise CheckpointError(f"{path}: {name} is {value} in the weights, {arguments[name]} in "
-                                  f"{arguments['file']}; give the right arguments by --settings")  # fmt: skip
 
 
 # ---- image tokenizer -------------------------------------------------------------------------------------------------
@@ -197,10 +174,7 @@ class LlamaGenGPT(Family):
         n_layers = count(theirs, "layers.{}.attention.wqkv.weight")
         told = {"dim": width, "n_layer": n_layers, "vocab_size": n_ids, "rope_base": 10000}
         require_same_arguments(path, told, arguments)
-        vq = self._image_tokenizer(options)
-        if vq.vocab_size != n_ids:
-            raise CheckpointError(f"{path}: has {n_ids:,} image ids, {options.vq} {vq.vocab_size:,}; give the image "
-                                  "tokenizer that it was trained with by --vq")  # fmt: skip
+        vq = image_tokenizer_of(self.name, LlamaGenVQ.name, path, options, n_ids)
         self._require_grid(checkpoint, arguments, vq)
         values = {
             "transformer": {
@@ -214,14 +188,6 @@ class LlamaGenGPT(Family):
             "image_tokenizer": read_card(options.vq)["fingerprint"],
         }  # fmt: skip
         return build_config(GPTConfig, values, str(path))
-
-    def _image_tokenizer(self, options: Options) -> ImageTokenizerConfig:
-        if options.vq is None:
-            raise CheckpointError(f"{self.name}: its ids mean nothing without their image tokenizer; import that one "
-                                  "first (llamagen-vq) and give its folder by --vq")  # fmt: skip
-        if (kind := read_card(options.vq).get("kind")) != "vqgan":
-            raise CheckpointError(f"--vq {options.vq}: a model of kind {kind!r}, expected an image tokenizer")
-        return load_config(ImageTokenizerConfig, options.vq / "config.yaml")
 
     def _require_grid(self, checkpoint: Checkpoint, arguments: Mapping[str, Any], vq: ImageTokenizerConfig) -> None:
         """Raises CheckpointError where something says that the images are of another size than the tokenizer's."""
@@ -289,13 +255,6 @@ class LlamaGenGPT(Family):
                     guided = torch.arange(drawn.shape[1]) <= int(guidance[2] or drawn.shape[1]) + 1
                     scales = torch.where(guided, scale, 1.0)[:, None]
                     yield Compared(name, n_different(torch.lerp(unguided, logits, scales).argmax(-1), drawn), 0)
-
-
-@torch.inference_mode()
-def image_logits(gpt: GPT, condition: ConditionBatch, image_BI: Tensor) -> Tensor:
-    """Scores of each image id after those before it, (B, I, n_image_ids)."""
-    sequences = gpt.reader(condition).then(gpt.layout.image_part(image_BI)).until(-1)
-    return gpt.image_logits(gpt(sequences)[:, gpt.layout.image_targets(reversed_order=False)])
 
 
 def n_heads_of(path: Path, n_layers: int, width: int, arguments: Mapping[str, Any]) -> int:

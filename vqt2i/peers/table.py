@@ -6,10 +6,11 @@ A row is our name and what our tensor is made of:
     "mlp.gate_up.weight": ("w1.weight", "w3.weight")         one below the other, in equal shares of the rows
     "x": Joined(("a", "b"), rows=(64, 11))                   in shares of so many rows
     "x": Changed("a", to_ours, to_theirs)                    in another order or shape
+    "x": Mixed(("a", "b"), to_ours, to_theirs)               of several, or of none at all
     "usage": Fill(1.0)                                       nothing of theirs
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,13 +41,22 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """Tensors by a function of all of them, and by another one back. Without one they come back by other rows."""
+
+    names: tuple[str, ...]
+    to_ours: Callable[..., Tensor]
+    to_theirs: Callable[[Tensor], Sequence[Tensor]] | None = None
+
+
+@dataclass(frozen=True)
 class Fill:
     """One value everywhere, for what only we keep."""
 
     value: float
 
 
-Row = str | tuple[str, ...] | Joined | Changed | Fill
+Row = str | tuple[str, ...] | Joined | Changed | Mixed | Fill
 Table = dict[str, Row]
 
 
@@ -102,6 +112,10 @@ def exported(table: Table, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(row, Changed):
             theirs[row.name] = row.to_theirs(ours[name]).contiguous()
             continue
+        if isinstance(row, Mixed):
+            parts = row.to_theirs(ours[name]) if row.to_theirs else ()
+            theirs |= {part_name: part.contiguous() for part_name, part in zip(row.names, parts, strict=False)}
+            continue
         names = _names(row)
         rows = row.rows if isinstance(row, Joined) and row.rows else [len(ours[name]) // len(names)] * len(names)
         parts = ours[name].split(list(rows)) if len(names) > 1 else [ours[name]]
@@ -125,7 +139,7 @@ def with_weights(names: Mapping[str, str | tuple[str, ...]], kinds: Iterable[str
 def _names(row: Row) -> tuple[str, ...]:
     if isinstance(row, Fill):
         return ()
-    if isinstance(row, Joined):
+    if isinstance(row, Joined | Mixed):
         return row.names
     if isinstance(row, Changed):
         return (row.name,)
@@ -137,6 +151,8 @@ def _with_prefix(prefix: str, row: Row) -> Row:
         return row
     if isinstance(row, Joined):
         return Joined(tuple(prefix + name for name in row.names), row.rows)
+    if isinstance(row, Mixed):
+        return Mixed(tuple(prefix + name for name in row.names), row.to_ours, row.to_theirs)
     if isinstance(row, Changed):
         return Changed(prefix + row.name, row.to_ours, row.to_theirs)
     return prefix + row if isinstance(row, str) else tuple(prefix + name for name in row)
@@ -147,6 +163,8 @@ def _make(row: Row, parts: list[Tensor], wanted: Tensor) -> Tensor:
         return torch.full(wanted.shape, row.value, dtype=wanted.dtype)
     if isinstance(row, Changed):
         return row.to_ours(parts[0])
+    if isinstance(row, Mixed):
+        return row.to_ours(*parts)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -52,7 +52,7 @@ class TamingVQGAN(Family):
 
     def config(self, checkpoint: Checkpoint, options: Options) -> ImageTokenizerConfig:
         theirs, path = checkpoint.tensors, checkpoint.path
-        settings = find_settings(path, options.settings)
+        settings = self.settings(path, options)
         native = native_settings(theirs, self.codebook)
         require_same_settings(path, native, settings)
         sizes_px = (options.image_size_px, settings.get("resolution"), IMAGE_SIZE_PX)
@@ -66,6 +66,10 @@ class TamingVQGAN(Family):
             "quantizer": self.quantizer(native["n_embed"], native["embed_dim"], settings),
         }  # fmt: skip
         return build_config(ImageTokenizerConfig, values, str(path))
+
+    def settings(self, path: Path, options: Options) -> dict[str, Any]:
+        """What the settings say of the model; empty where there are none."""
+        return find_settings(path, options.settings)
 
     def quantizer(self, n_embed: int, embed_dim: int, settings: Mapping[str, Any]) -> QuantizerConfig:
         """As trained there: its loss has the weight of 0.25 on the codes' side (its setting `legacy`)."""

@@ -61,10 +61,10 @@ def network_table(config: ImageTokenizerConfig, encoder: Place, decoder: Place) 
     return table
 
 
-def count(theirs: Mapping[str, Tensor], pattern: str) -> int:
-    """How many there are, from 0, of names that `pattern` makes with a number in place of {}."""
+def count(theirs: Mapping[str, Tensor], pattern: str, *, step: int = 1) -> int:
+    """How many there are, from 0, of names that `pattern` makes with each `step`th number in place of {}."""
     n = 0
-    while pattern.format(n) in theirs:
+    while pattern.format(n * step) in theirs:
         n += 1
     return n
 
@@ -74,7 +74,8 @@ def network_misfits(config: ImageTokenizerConfig) -> list[str]:
     if config.architecture != "taming":
         return [f"architecture {config.architecture}"]
     multiples = [width for width in config.channels if width % config.stem_width]
-    return differing(config, {"output": "pixels"}) + [f"a width of {w} beside {config.stem_width}" for w in multiples]
+    same = differing(config, {"output": "pixels", "norm_eps": 1e-6})
+    return same + [f"a width of {w} beside {config.stem_width}" for w in multiples]
 
 
 def attention_sizes(levels: Sequence[int], image_size_px: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.files import sha256_of_parts
 from vqt2i.text.tokenizer import TextTokenizer, clean_text
+from vqt2i.text.youtokentome import YouTokenToMe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,7 +31,8 @@ class HuggingFaceTokenizer:
 
     Attributes:
         n_ids, fingerprint: as of `TextTokenizer`.
-        start, end: ids of the marks.
+        start, end: ids of a scorer's marks; None for the tokenizer of no scorer, which puts marks of its own around a
+            text if it has any.
     """
 
     is_bpe = False  # for BPE-dropout, which is SentencePiece's here
@@ -46,31 +48,39 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self.n_ids = self._tokenizer.get_vocab_size()
         self.start, self.end = map(self._tokenizer.token_to_id, (START, END))
-        if self.start is None or self.end is None:
-            raise CheckpointError(f"{name}: has no {START} and {END}; expected the tokenizer of a CLIP")
 
     @property
     def files(self) -> dict[str, bytes]:
         """As `TextTokenizer.files`."""
         return {FILE: self.content}
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, if there is such a one."""
+        return self._tokenizer.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text. The empty text gives none."""
-        return self._tokenizer.encode(clean_text(text), add_special_tokens=False).ids
+        return self._tokenizer.encode(clean_text(text), add_special_tokens=self.start is None).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
         return self._tokenizer.decode([int(i) for i in ids]).replace(WORD_END, " ").strip()
 
 
-def load_tokenizer(path: Path) -> TextTokenizer | HuggingFaceTokenizer:
-    """The tokenizer in a file or folder: a `tokenizer.json`, else a SentencePiece `.model`.
+def load_tokenizer(path: Path) -> TextTokenizer | HuggingFaceTokenizer | YouTokenToMe:
+    """The tokenizer in a file or folder: a `tokenizer.json`, else a `.model`, SentencePiece's or youtokentome's.
 
     Raises:
         CheckpointError: as `TextTokenizer.load`, or a damaged file.
     """
     path = Path(path)
-    return load_own_tokenizer(path.parent if path.name == FILE else path) or TextTokenizer.load(path)
+    own = load_own_tokenizer(path.parent if path.name == FILE else path)
+    return own or YouTokenToMe.find(path) or TextTokenizer.load(path)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds one in a folder."""
+    return (folder / FILE).is_file() or len(list(folder.glob("*.model"))) == 1
 
 
 def load_own_tokenizer(folder: Path) -> HuggingFaceTokenizer | None:
@@ -110,7 +120,37 @@ def find_clip_tokenizer(path: Path) -> HuggingFaceTokenizer | None:
             content = _built(_merges((file.parent / MERGES).read_text(encoding="utf-8").splitlines()), vocabulary)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise CheckpointError(f"{file}: {error}; expected CLIP's tokenizer as {FORMS}") from None
-    return HuggingFaceTokenizer(content, str(file))
+    tokenizer = HuggingFaceTokenizer(content, str(file))
+    if tokenizer.start is None or tokenizer.end is None:
+        raise CheckpointError(f"{file}: has no {START} and {END}; expected the tokenizer of a CLIP")
+    return tokenizer
+
+
+def find_character_tokenizer(folder: Path, *, special: str, unknown: str = "[UNK]") -> HuggingFaceTokenizer:
+    """The tokenizer in a folder with one `*vocab.json` and one `*merges.txt`, as the CharBPETokenizer of `tokenizers`:
+    lower case, merges of characters, words that end in `</w>`.
+
+    Args:
+        special: a token that gets the next free id if it has none.
+
+    Raises:
+        CheckpointError: not one file of each, or a damaged one. ConfigError: the library `tokenizers` is missing.
+    """
+    _library(str(folder))
+    from tokenizers.implementations import CharBPETokenizer
+
+    files = [sorted(folder.glob(name)) for name in ("*vocab.json", "*merges.txt")]
+    if [len(found) for found in files] != [1, 1]:
+        raise CheckpointError(f"{folder}: expected a tokenizer as one *vocab.json and one *merges.txt")
+    (vocabulary_file,), (merges_file,) = files
+    try:
+        vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))
+        merges = _merges(merges_file.read_text(encoding="utf-8").splitlines())
+        built = CharBPETokenizer(vocabulary, merges, unk_token=unknown, suffix=WORD_END, lowercase=True)
+    except Exception as error:  # the library has none of its own
+        raise CheckpointError(f"{folder}: not the tokenizer of a model ({error})") from None
+    built.add_special_tokens([special])
+    return HuggingFaceTokenizer(built.to_str().encode(), str(folder))
 
 
 def _library(name: str) -> "type[Tokenizer]":

@@ -21,7 +21,7 @@ from vqt2i.generation.captions import reversed_share_of
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.find import find_scorer
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, Positions, TextCondition, gpt_loss
+from vqt2i.gpt import GPT, GPTConfig, HeadConfig, LayoutConfig, LossWeights, Positions, TextCondition, gpt_loss
 from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
@@ -122,12 +122,13 @@ class GPTRunConfig(Config):
     sizes: TokenizerSizes | None = None
     source: Literal["store", "images"] = "store"
     text_length: PositiveInt = 32
-    padding: Literal["masked", "learned"] = "masked"
+    padding: Literal["masked", "learned", "bare"] = "masked"
     null_condition: Literal["empty_text", "image_first"] = "empty_text"
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
     transformer: TransformerConfig = TransformerConfig()
     positions: Positions = "rotary"
     sparsity: SparsityConfig = DenseConfig()
+    head: HeadConfig = HeadConfig()
     condition: TrainedCondition = TextCondition()
     training: GPTTrainingConfig = GPTTrainingConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -166,6 +167,13 @@ class GPTRunConfig(Config):
                              "set training.reversed_share to 0")  # fmt: skip
         return self
 
+    @model_validator(mode="after")
+    def _bare_texts_are_not_predicted_from_images(self) -> "GPTRunConfig":
+        if self.padding == "bare" and self.training.reversed_share:
+            raise ValueError("padding bare has no order image → text: found training.reversed_share "
+                             f"{self.training.reversed_share}, expected 0")  # fmt: skip
+        return self
+
     def model(
         self,
         sizes: TokenizerSizes,
@@ -193,6 +201,7 @@ class GPTRunConfig(Config):
             condition=condition,
             positions=self.positions,
             sparsity=self.sparsity,
+            head=self.head,
             text_tokenizer=text_tokenizer if reads_text else None,
             image_tokenizer=image_tokenizer,
         )
@@ -254,7 +263,7 @@ class GPTModule(L.LightningModule):
         return loss.total
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        if not self.gpt.layout.predicts_text:
+        if not self.gpt.layout.has_both_orders:
             return self._validate_images(batch)
         ids, n = self.image_ids(batch), len(batch.chance_B)
         forth = gpt_loss(self.gpt, batch.text, ids, 0, self.config.loss)
@@ -416,8 +425,11 @@ def train_gpt(
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
             **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),
-            **({"text_encoder": {"path": str(config.condition.encoder), "fingerprint": encoder.fingerprint}}
-               if encoder else {}),
+            **(
+                {"text_encoder": {"path": str(config.condition.encoder), "fingerprint": encoder.fingerprint}}
+                if encoder
+                else {}
+            ),
             **started,
             sampling=config.sampling.model_dump(),
             example_prompts=example_prompts(dataset.split(config.data.validation_split)),

@@ -16,6 +16,7 @@ from vqt2i.vq.config import ImageTokenizerConfig
 from vqt2i.vq.dalle import DalleDecoder, DalleEncoder
 from vqt2i.vq.logit_laplace import location_of
 from vqt2i.vq.quantizer import build_quantizer
+from vqt2i.vq.strided import StridedDecoder, StridedEncoder
 from vqt2i.vq.taming import TamingDecoder, TamingEncoder
 
 
@@ -121,6 +122,8 @@ class ImageTokenizer(nn.Module):
             self.encoder, self.decoder = TamingEncoder(config), TamingDecoder(config)
         elif config.architecture == "dalle":
             self.encoder, self.decoder = DalleEncoder(config), DalleDecoder(config)
+        elif config.architecture == "strided":
+            self.encoder, self.decoder = StridedEncoder(config), StridedDecoder(config)
         else:
             self.encoder = (PatchEncoder if config.encoder == "patch" else Encoder)(config)
             self.decoder = Decoder(config)

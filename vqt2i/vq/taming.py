@@ -7,15 +7,15 @@ B batch, H height, W width, C channels
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqt2i.nn.conv import ResBlock, SpatialAttention, Upsample
+from vqt2i.nn.conv import Norm, ResBlock, SpatialAttention, Upsample
 from vqt2i.vq.config import ImageTokenizerConfig
 
 N_GROUPS = 32
 
 
-def taming_norm(channels: int) -> nn.GroupNorm:
+def taming_norm(config: ImageTokenizerConfig) -> Norm:
     """As published: 32 groups whatever the width, and an `eps` of its own."""
-    return nn.GroupNorm(N_GROUPS, channels, eps=1e-6)
+    return lambda channels: nn.GroupNorm(N_GROUPS, channels, eps=config.norm_eps)
 
 
 class TamingDownsample(nn.Module):
@@ -33,18 +33,18 @@ def _level(config: ImageTokenizerConfig, level: int, channels_in: int, n_blocks:
     width = config.channels[level]
     layers: list[nn.Module] = []
     for i in range(n_blocks):
-        layers.append(ResBlock(width if i else channels_in, width, config.dropout, norm=taming_norm))
+        layers.append(ResBlock(width if i else channels_in, width, config.dropout, norm=taming_norm(config)))
         if config.level_sizes_px[level] in config.attention_sizes_px:
-            layers.append(SpatialAttention(width, n_heads=1, norm=taming_norm))
+            layers.append(SpatialAttention(width, n_heads=1, norm=taming_norm(config)))
     return layers
 
 
 def _middle(config: ImageTokenizerConfig) -> list[nn.Module]:
     width = config.channels[-1]
     return [
-        ResBlock(width, width, config.dropout, norm=taming_norm),
-        SpatialAttention(width, n_heads=1, norm=taming_norm),
-        ResBlock(width, width, config.dropout, norm=taming_norm),
+        ResBlock(width, width, config.dropout, norm=taming_norm(config)),
+        SpatialAttention(width, n_heads=1, norm=taming_norm(config)),
+        ResBlock(width, width, config.dropout, norm=taming_norm(config)),
     ]
 
 
@@ -62,7 +62,7 @@ class TamingEncoder(nn.Module):
             if level + 1 < len(config.channels):
                 layers.append(TamingDownsample(width))
         self.layers = nn.Sequential(*layers, *_middle(config))
-        self.norm_out = taming_norm(width)
+        self.norm_out = taming_norm(config)(width)
         self.conv_out = nn.Conv2d(width, config.latent_width, 3, padding=1)
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class TamingDecoder(nn.Module):
             if level > 0:
                 layers.append(Upsample(width, width))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = taming_norm(width)
+        self.norm_out = taming_norm(config)(width)
         self.conv_out = nn.Conv2d(width, config.decoded_channels, 3, padding=1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
