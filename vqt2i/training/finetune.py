@@ -69,7 +69,8 @@ def find_base(folder: Path) -> Path:
 
 
 def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
-    """The GPT to start from, in training mode. One that draws from texts alone may become one for super-resolution.
+    """The GPT to start from, in training mode. One that draws from texts alone may become one for super-resolution, and
+    the null condition another: no weights depend on it, and what it is to say is trained from here.
 
     Args:
         adapted: whether adapters of it alone are to be trained.
@@ -83,9 +84,8 @@ def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
     if becomes_upscaler and adapted:
         raise ConfigError(f"training.lora: adapters belong to a GPT that reads what they do, and {folder} reads texts "
                           "alone; leave lora out")  # fmt: skip
-    if becomes_upscaler:
-        layout = own.layout.model_copy(update={"null_condition": config.layout.null_condition})
-        own = own.model_copy(update={"condition": config.condition, "layout": layout})
+    layout = own.layout.model_copy(update={"null_condition": config.layout.null_condition})
+    own = own.model_copy(update={"layout": layout} | ({"condition": config.condition} if becomes_upscaler else {}))
     found, wanted = _dotted(own.model_dump(mode="json")), _dotted(config.model_dump(mode="json"))
     differences = [
         f"{key}: {found.get(key)} there, {wanted.get(key)} here"
@@ -95,17 +95,17 @@ def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
         raise ConfigError(f"training.start_from {folder}: another model than the settings describe: "
                           f"{'; '.join(differences)}. Take over its settings and its tokenizers "
                           "(text_tokenizer, --vq)")  # fmt: skip
-    return (_lengthened(gpt, config) if becomes_upscaler else gpt).train()
+    return (gpt if gpt.config == config else _rebuilt(gpt, config)).train()
 
 
 @torch.no_grad()
-def _lengthened(gpt: GPT, config: GPTConfig) -> GPT:
-    """The same weights in a GPT of longer sequences, the further rows of its tables of positions at random."""
-    longer = GPT(config)
-    own = longer.state_dict()
+def _rebuilt(gpt: GPT, config: GPTConfig) -> GPT:
+    """The same weights in another GPT; of longer sequences the further rows of tables of positions are random."""
+    other = GPT(config)
+    own = other.state_dict()
     for name, value in gpt.state_dict().items():
         own[name][: len(value)] = value
-    return longer
+    return other
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
