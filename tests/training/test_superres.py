@@ -137,7 +137,8 @@ def test_it_learns_to_draw_the_picture_that_it_is_given(train, upscaling: list[s
     pipeline = open_upscaler(None, tmp_path / "runs", "cpu")
     pairs = require_large(pipeline, DataSet.open(Path(card["data"]["path"])).split("train"), 99)
     rows = measure_upscaling(pipeline, pairs, SamplingConfig(guidance=1.0, top_k=1), 0)
-    assert {row.n for row in rows} == {24} and {row.name for row in rows} == {"psnr", "ssim", "sharpness", "same_ids"}
+    assert {row.n for row in rows} == {24}
+    assert {row.name for row in rows} == {"psnr", "ssim", "sharpness", "same_ids", "right"}
     found = {(row.where["way"], row.name): row.value for row in rows}
     assert {way for way, _ in found} == {"bicubic", "bicubic, decoded", "ids repeated", "drawn", "real ids"}
     assert found["real ids", "same_ids"] == 1 and ("bicubic", "same_ids") not in found

@@ -90,8 +90,8 @@ def finishing_needs(vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, captioned: 
     if clip is not None:
         vision, text = clip.config.vision, clip.config.text
         element = next(clip.parameters()).element_size()
-        pixels = 2 * 3 * FP32 * clip.config.image_size_px**2
-        per_image = pixels + clip.config.n_patches * _activations(vision, element)
+        pixels = 3 * 3 * FP32 * clip.config.image_size_px**2  # as drawn, as read, in patches
+        per_image = pixels + len(clip.patch_positions) * _activations(vision, element)
         steps.append(Needs((clip.config.text_length + 1) * _activations(text, element), per_image))
     if captioned:
         element = gpt.embedding.weight.element_size()

@@ -283,6 +283,10 @@ class TextToImage:
         """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
+        prompts = [prompts] if isinstance(prompts, str | Picture) else prompts
+        prompts = [clean_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        for prompt in prompts:
+            self._reader.require_readable(prompt)
         scorer = scorer or self.default_scorer
         if scorer not in get_args(Scorer):
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
@@ -292,10 +296,6 @@ class TextToImage:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
                               "or use the scorer 'caption'")  # fmt: skip
         sampling = sampling or self.config.sampling
-        prompts = [prompts] if isinstance(prompts, str | Picture) else prompts
-        prompts = [clean_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        for prompt in prompts:
-            self._reader.require_readable(prompt)
         beside = self._beside(negative, mix, sampling)
         asked = _Asked(prompts, count, scorer if scored else None, sampling, *beside, mix, seed)
         indices = range(len(prompts)) if indices is None else indices
