@@ -50,6 +50,9 @@ GPT_KINDS = {
         "positions": "learned", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu_quick"}),
         "sparsity": RowColumnConfig(conv_size=3), "padding": "learned",
     },
+    "LlamaGen": {
+        "positions": "rotary_image", "transformer": TRANSFORMER.model_copy(update={"norm_eps": 1e-5, "qk_norm": False}),
+    },
     "pivots": {"transformer": WIDE, "sparsity": PivotWindowConfig(n_pivots=2, block_size=2, n_blocks=1)},
 }  # fmt: skip
 
@@ -79,6 +82,18 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 def tiny_text() -> TextTokenizer:
     words = [f"a {name} square, {chinese}正方形" for name, (chinese, _) in COLOURS.items()]
     return train_text_tokenizer([*words, "square with words of no use"], TextTokenizerConfig(vocabulary_size=330))
+
+
+@pytest.fixture
+def tiny_t5(tmp_path: Path, tiny_text: TextTokenizer) -> Path:
+    """A folder like that of Flan-T5, in small: 12 features."""
+    from transformers import T5Config, T5EncoderModel  # takes seconds
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": tiny_text.n_ids}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5" / "spiece.model").write_bytes(tiny_text.model)
+    return tmp_path / "t5"
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ PACKAGE = Path(vqt2i.__file__).parent
 ROWS = (
     {"errors"},
     {"files"},
-    {"config", "runtime"},
+    {"config", "runtime", "weights"},
     {"nn", "checkpoint", "processes", "origin"},
     {"text", "data"},
     {"vq", "gpt", "clip"},

@@ -29,7 +29,8 @@ class Clip:
         return torch.eye(200)[((image_B3HW[:, 0, 0, 0] + 1) * 127.5).round().long()]
 
 
-JUDGE = Judge(SimpleNamespace(encode=lambda text: [int(text)]), Clip())
+TEXT = SimpleNamespace(encode=lambda text: [int(text)])
+JUDGE = Judge(TEXT, Clip(), TEXT)
 
 
 def pictures(*ids: int) -> np.ndarray:
@@ -56,7 +57,7 @@ def test_prompts_that_say_the_same_are_no_others() -> None:
 
 
 def test_the_oracle_judges_where_it_can_read_all_prompts_and_the_pictures() -> None:
-    nobody = Judge(JUDGE.text, None)
+    nobody = Judge(TEXT, None, None)
     scene = draw_scene(0, "val", 0)
     caption = draw_prompts("single_seen", 1, 0, "en")[0]
     asked = [Asked(caption.text, caption.facts)]

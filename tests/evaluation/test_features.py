@@ -14,7 +14,8 @@ from torch import nn
 from torch_fidelity.fidelity import main as fidelity
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from vqt2i.clip.huggingface import load_scorer
+from vqt2i.checkpoint import load_model
+from vqt2i.clip import CLIP, CLIPConfig
 from vqt2i.errors import CheckpointError, DataError
 from vqt2i.evaluation.features import (
     CLIP_TOWER,
@@ -88,7 +89,7 @@ def test_the_image_tower_of_a_clip_gives_what_the_command_line_gives_and_is_call
     register_clip_tower()
     inputs = ["--input1", folders[0], "--input2", folders[1], "--feature-extractor", CLIP_TOWER]
     told = command_line(monkeypatch, capsys, *inputs, "--feature-extractor-weights-path", model_folders / "clip")
-    extractor = Extractor.clip_tower(load_scorer(model_folders / "clip"))
+    extractor = Extractor.clip_tower(load_model(model_folders / "clip", CLIPConfig, CLIP))
     found = distances(*(extractor(read(folder)) for folder in folders), extractor.prefix)
     assert found == pytest.approx({
         "clip_frechet_distance": told["frechet_inception_distance"],

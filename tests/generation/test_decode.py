@@ -228,7 +228,7 @@ def told_captions(gpt: GPT | NativeGPT, jobs: list[Job], sampling: SamplingConfi
 def test_caption_scores_told_while_drawing_are_those_of_a_pass_over_everything(
     make_gpt, gpt_kind: dict, sampling: SamplingConfig, engine: str
 ) -> None:
-    gpt = make_gpt(**gpt_kind, null="image_first")
+    gpt = make_gpt(**gpt_kind, null_condition="image_first")
     ids_BHW, told = told_captions(gpt if engine == "plain" else NativeGPT(gpt, "fp32"), JOBS, sampling)
     assert ids_BHW.equal(decode_image_ids(gpt, JOBS, sampling, seed=0))
     expected = caption_scores(gpt, ids_BHW, [job.condition for job in JOBS])
@@ -239,10 +239,10 @@ def test_caption_scores_told_while_drawing_are_those_of_a_pass_over_everything(
     "kind, beside, sampling",
     [
         ({}, {}, SamplingConfig(guidance=2.0)),  # its null is an empty text
-        ({"null": "image_first"}, {}, SamplingConfig(guidance=1.0)),
-        ({"null": "image_first"}, {"negative": (4, 5)}, SamplingConfig(guidance=2.0)),
-        ({"null": "image_first"}, {}, SamplingConfig(guidance=2.0, jacobi_window=3)),
-        ({"null": "image_first", "sparsity": PIVOTS}, {}, SamplingConfig(guidance=2.0)),
+        ({"null_condition": "image_first"}, {}, SamplingConfig(guidance=1.0)),
+        ({"null_condition": "image_first"}, {"negative": (4, 5)}, SamplingConfig(guidance=2.0)),
+        ({"null_condition": "image_first"}, {}, SamplingConfig(guidance=2.0, jacobi_window=3)),
+        ({"null_condition": "image_first", "sparsity": PIVOTS}, {}, SamplingConfig(guidance=2.0)),
     ],
     ids=str,
 )

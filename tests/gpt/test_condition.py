@@ -1,5 +1,6 @@
 """Vectors and labels before an image, as texts are: equal paths, padding that changes nothing, a null condition."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vqt2i.checkpoint import load_model, save_model
-from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.compiled import CompiledDrawing, CompiledEngine, compile_step
+from vqt2i.generation.decode import Job, PlainDrawing, decode_image_ids
 from vqt2i.generation.int8 import to_int8
 from vqt2i.generation.native import NativeGPT
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import (
     GPT,
     Condition,
+    FeatureCondition,
     GPTConfig,
     LabelCondition,
     LayoutConfig,
@@ -31,6 +34,7 @@ from vqt2i.nn.transformer import TransformerConfig
 WIDTH = 8
 EMBEDDING = VectorCondition(width=WIDTH, encoder="c")
 FEATURES = VectorCondition(n_vectors=4, width=WIDTH, projection=MLPProjection(width=12, bias=False), encoder="c")
+T5 = FeatureCondition(**FEATURES.model_dump(exclude={"kind"}))
 KINDS = {
     "CLIP-GEN": {"condition": EMBEDDING, "positions": "sequence"},
     "CLIP-GEN, rotary": {"condition": EMBEDDING},
@@ -38,9 +42,16 @@ KINDS = {
     "T5 features, learned positions": {"condition": FEATURES, "positions": "learned"},
     "T5 features, positions of the whole": {"condition": FEATURES, "positions": "sequence"},
     "label": {"condition": LabelCondition(n_labels=3)},
+    "LlamaGen, features": {"condition": T5, "positions": "rotary_image"},
+    "LlamaGen, label": {"condition": LabelCondition(n_labels=3), "positions": "rotary_image"},
     "unconditional": {"condition": LabelCondition(), "positions": "raster"},
 }
 GUIDED = SamplingConfig(guidance=3.0)
+ENGINE_SETTINGS = [
+    SamplingConfig(guidance=1.0),
+    GUIDED,
+    SamplingConfig(guidance=3.0, guidance_interval=(0.3, 0.8), top_k=3, temperature=0.7),
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -156,11 +167,64 @@ def test_every_weight_learns_but_those_of_other_labels(make_gpt, kind: dict) -> 
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gpt.parameters())
 
 
-def test_the_native_steps_draw_the_images_of_the_plain_ones(make_gpt, kind: dict) -> None:
+def jobs_of_one_length(gpt: GPT) -> list[Job]:
+    """Two images of each of four conditions, which have one null in common."""
+    config = gpt.config.condition
+    given = conditions(gpt)
+    if isinstance(config, VectorCondition):
+        given = [vectors(config.n_vectors, 0), vectors(config.n_vectors, 1), given[-1], vectors(config.n_vectors, 0)]
+    return [Job(condition, prompt, image) for prompt, condition in enumerate(given) for image in range(2)]
+
+
+@pytest.mark.parametrize("sampling", ENGINE_SETTINGS, ids=str)
+def test_the_native_steps_draw_the_images_of_the_plain_ones(make_gpt, kind: dict, sampling: SamplingConfig) -> None:
     gpt = make_gpt(**kind)
-    jobs = [Job(condition, prompt, 0) for prompt, condition in enumerate(conditions(gpt))]
-    expected = decode_image_ids(gpt, jobs, GUIDED, seed=5)
-    assert torch.equal(decode_image_ids(NativeGPT(gpt, "fp32"), jobs, GUIDED, seed=5), expected)
+    native = NativeGPT(gpt, "fp32")
+    ragged = [Job(condition, prompt, 0) for prompt, condition in enumerate(conditions(gpt))]
+    for jobs in (ragged, jobs_of_one_length(gpt)):
+        expected = decode_image_ids(gpt, jobs, sampling, seed=5)
+        for rows in (64, 3):
+            assert torch.equal(decode_image_ids(native, jobs, sampling, seed=5, rows_at_once=rows), expected)
+
+
+def uncompiled(step: Callable, gpt: GPT) -> Callable:
+    return step
+
+
+def require_equal_drawings(gpt: GPT, engine: CompiledEngine, sampling: SamplingConfig) -> None:
+    jobs = jobs_of_one_length(gpt)
+    expected = decode_image_ids(gpt, jobs, sampling, seed=5)
+    assert torch.equal(decode_image_ids(gpt, jobs, sampling, seed=5, start=engine), expected)
+    # other images in the tensors of the first
+    assert torch.equal(decode_image_ids(gpt, jobs[::-1], sampling, seed=5, start=engine).flip(0), expected)
+
+
+@pytest.mark.parametrize("sampling", ENGINE_SETTINGS, ids=str)
+def test_steps_of_fixed_shapes_draw_what_plain_steps_draw(make_gpt, kind: dict, sampling: SamplingConfig) -> None:
+    gpt = make_gpt(**kind)
+    require_equal_drawings(gpt, CompiledEngine(gpt, uncompiled), sampling)
+
+
+@pytest.mark.parametrize("name", ["T5 features", "label"])
+def test_compiled_steps_draw_the_images_of_the_plain_ones(make_gpt, name: str) -> None:
+    gpt, graphs = make_gpt(**KINDS[name]), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    require_equal_drawings(gpt, CompiledEngine(gpt, lambda step, gpt: compile_step(step, gpt, backend)), GUIDED)
+    assert len(graphs) == 1  # each step is one graph, and here is none but guided ones
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_fixed_shapes_serve_all_conditions_but_those_of_unequal_length(make_gpt, name: str) -> None:
+    gpt, uniform_IB = make_gpt(**KINDS[name]), torch.rand(6, 8, dtype=torch.double)
+    engine, ragged = CompiledEngine(gpt, uncompiled), jobs_of_one_length(make_gpt(**KINDS[name]))
+    assert isinstance(engine(ragged, uniform_IB, GUIDED), CompiledDrawing)
+    if gpt.layout.prefix_length > 1:
+        ragged[0] = Job(vectors(2, 0), 0, 0)
+        assert isinstance(engine(ragged, uniform_IB, GUIDED), PlainDrawing)
 
 
 def test_8_bit_matrices_leave_the_condition_in_full(make_gpt) -> None:

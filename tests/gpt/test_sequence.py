@@ -129,7 +129,7 @@ def test_learned_padding_fills_up_texts_that_are_padded_less() -> None:
 
 
 def test_a_null_that_is_image_first_reads_the_image_as_the_reversed_order_does() -> None:
-    layout = SequenceLayout(LAYOUT.config.model_copy(update={"null": "image_first"}))
+    layout = SequenceLayout(LAYOUT.config.model_copy(update={"null_condition": "image_first"}))
     found, others, behind = layout.join(TEXT, IMAGE), LAYOUT.join(TEXT, IMAGE), LAYOUT.join_reversed(TEXT, IMAGE)
     assert found.ids_BL[1].tolist() == [PAD] * 5 + [I2T, 14, 14, 11, 15]
     assert found.real_BL[1].tolist() == [0] * 5 + [1] * 5
@@ -141,5 +141,5 @@ def test_a_null_that_is_image_first_reads_the_image_as_the_reversed_order_does()
 
 @pytest.mark.parametrize("sizes", [{"padding": "learned"}, {"n_text_ids": 0, "text_length": 0}], ids=str)
 def test_a_null_that_is_image_first_is_of_texts_with_masked_padding(sizes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="null image_first: found"):
-        LayoutConfig(**LAYOUT.config.model_dump() | {"null": "image_first"} | sizes)
+    with pytest.raises(ValueError, match="null_condition image_first: found"):
+        LayoutConfig(**LAYOUT.config.model_dump() | {"null_condition": "image_first"} | sizes)

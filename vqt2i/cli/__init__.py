@@ -21,6 +21,7 @@ VERBS = (
     "plan",
     "train_gpt",
     "train_clip",
+    "train_prior",
     "export",
     "generate",
     "edit",
@@ -30,6 +31,7 @@ VERBS = (
     "gate",
     "diagnose",
     "make_pipeline",
+    "import_checkpoint",
     "benchmark",
 )
 

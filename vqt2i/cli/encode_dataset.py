@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vqt2i.clip.huggingface import load_scorer
+    from vqt2i.checkpoint import load_model
+    from vqt2i.clip import CLIP, CLIPConfig
     from vqt2i.config import build_config
     from vqt2i.errors import UserError
     from vqt2i.generation.find import find_image_tokenizer
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = open_dataset(data)
     _, vq = find_image_tokenizer(args.vq, args.runs)
     tokenizer = load_tokenizer(args.text)
-    scorer = args.clip and load_scorer(args.clip)
+    scorer = args.clip and load_model(args.clip, CLIPConfig, CLIP)
     out = args.out or store_folder(dataset, vq, tokenizer, data.variants, scorer)
     splits = tuple(args.splits.split(","))
     store = encode_dataset(

@@ -15,7 +15,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vqt2i.cli.options import RUNS, add_engine_arguments, add_machine_arguments, add_sampling_arguments
+from vqt2i.cli.options import (
+    RUNS,
+    add_engine_arguments,
+    add_machine_arguments,
+    add_part_arguments,
+    add_sampling_arguments,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "guidance=1,2,3,4 temperature=0.5,0.7,1)")  # fmt: skip
     parser.add_argument("--split", metavar="NAME", help="of DATA (default: val)")
     parser.add_argument("--n-images", type=int, metavar="N", help="of the split, the first N (default: 5,000)")
-    parser.add_argument("--judge", metavar="MODEL", help="whose CLIP and GPT judge the pictures, or a CLIPModel of "
-                        "`transformers`; models are comparable by one judge only (default: the model's own)"
-                        )  # fmt: skip
+    parser.add_argument("--judge", metavar="MODEL", help="whose CLIP and GPT judge the pictures, or a scorer's "
+                        "folder (tools/import_checkpoint.py); models are comparable by one judge only (default: the "
+                        "model's own)")  # fmt: skip
     parser.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's Inception weights; without "
                         "them distances are those of the judge's CLIP")  # fmt: skip
     parser.add_argument("--lpips", type=Path, nargs=2, metavar=("VGG16", "LPIPS"), help="weights: torchvision's VGG16 "
                         "and torch-fidelity's weights-vgg16-lpips.pth")  # fmt: skip
+    add_part_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, metavar="S", help="of prompts and pictures (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder, or one to go on with "
@@ -88,7 +95,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     build_config(EvaluationConfig, given | {"sampling": {}}, "evaluate")  # before anything is loaded
     data = DataSet.open(args.data) if args.data else None
     placement = placement_from(args, place) | {"engine": args.engine, "precision": args.precision}
-    pipeline = open_pipeline(args.model, args.runs, **placement)
+    pipeline = open_pipeline(args.model, args.runs, clip=args.clip, prior=args.prior, **placement)
     sampling = sampling_from(args, pipeline.config.sampling)
     config = build_config(EvaluationConfig, given | {"sampling": sampling.model_dump()}, "evaluate")
     judge = open_judge(args.judge, args.runs, place.device) if args.judge else Judge.of(pipeline)

@@ -13,6 +13,7 @@ from vqt2i.cli.options import (
     add_engine_arguments,
     add_grid_argument,
     add_machine_arguments,
+    add_part_arguments,
     add_sampling_arguments,
 )
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder, or one to go on with "
                         "(default: outputs/0001 and so on)")  # fmt: skip
+    add_part_arguments(parser)
     add_grid_argument(parser)
     add_engine_arguments(parser)
     parser.add_argument("--preview", action="store_true", help="show what is drawn while its tokens come: writes "
@@ -76,7 +78,7 @@ def _draw(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.file) if args.file else args.prompts
     pictures = [Picture.read(path) for path in args.images]
     placement = placement_from(args, place) | {"engine": args.engine, "precision": args.precision}
-    pipeline = open_pipeline(args.model, args.runs, **placement)
+    pipeline = open_pipeline(args.model, args.runs, clip=args.clip, prior=args.prior, **placement)
     if args.grid:
         pipeline = pipeline.with_grid(*args.grid)
     sampling = sampling_from(args, pipeline.config.sampling)

@@ -25,8 +25,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from vqt2i.clip import CLIP, embed_images
-from vqt2i.clip.huggingface import load_scorer
+from vqt2i.checkpoint import load_model
+from vqt2i.clip import CLIP, CLIPConfig, embed_images
 from vqt2i.data.images import to_tensor
 from vqt2i.errors import CheckpointError, DataError
 from vqt2i.evaluation.statistics import Estimate, estimate_by_halves
@@ -52,7 +52,7 @@ class ClipTower(FeatureExtractorBase):
     ) -> None:
         """feature_extractor_weights_path: the scorer's folder, where `clip` is not given."""
         super().__init__(name, features_list)
-        self.clip = clip if clip is not None else load_scorer(Path(feature_extractor_weights_path))
+        self.clip = clip or load_model(Path(feature_extractor_weights_path), CLIPConfig, CLIP)
 
     def forward(self, image_B3HW: Tensor) -> tuple[Tensor]:
         return (embed_images(self.clip, to_tensor(image_B3HW.movedim(1, -1))),)

@@ -78,8 +78,8 @@ def gate_material(pipeline: TextToImage, split: Split | None, n_prompts: int) ->
 def measure_gate(
     pipeline: TextToImage, prompts: Sequence[str], candidates: int, seed: int, image_NHW3: np.ndarray
 ) -> dict[str, Estimate]:
-    """By name: PSNR, and of what is drawn the values in DRAWN that there are, each of all candidates and `_reranked`: of
-    the one that the pipeline ranks first."""
+    """By name: PSNR, and of what is drawn the values in DRAWN that there are, each of all candidates and `_reranked`:
+    of the one that the pipeline ranks first."""
     asked, size_px = listed_prompts(prompts), pipeline.vq.config.image_size_px
     examiner = Examiner(asked, Judge.of(pipeline), size_px, seed)
     found: dict[str, list[float]] = {}

@@ -12,31 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vqt2i.checkpoint import CARD, read_card
 from vqt2i.clip import CLIP, embed_images, embed_texts
-from vqt2i.clip.huggingface import CONFIG_JSON, load_scorer
 from vqt2i.data.images import fit_square, to_tensor
 from vqt2i.generation import TextToImage
 from vqt2i.generation.find import open_pipeline
-from vqt2i.generation.parts import PIPELINE
+from vqt2i.generation.parts import load_scorer
 from vqt2i.generation.rerank import caption_scores
 from vqt2i.gpt import GPT
-from vqt2i.text import TextTokenizer, load_tokenizer
+from vqt2i.text import TextTokenizer
 from vqt2i.vq import ImageTokenizer
 
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """The parts that judge. clip may be None; gpt and vq are both there or neither."""
+    """The parts that judge. clip may be None; gpt and vq are both there or neither. clip_text: what `clip` reads; text:
+    what `gpt` does."""
 
-    text: TextTokenizer
+    text: TextTokenizer | None
     clip: CLIP | None
+    clip_text: TextTokenizer | None
     gpt: GPT | None = None
     vq: ImageTokenizer | None = None
 
     @classmethod
     def of(cls, pipeline: TextToImage) -> "Judge":
         reads = pipeline.gpt.layout.reads_text
-        return cls(pipeline.text, pipeline.clip, *((pipeline.gpt, pipeline.vq) if reads else ()))
+        return cls(pipeline.text, pipeline.clip, pipeline.clip_text, *((pipeline.gpt, pipeline.vq) if reads else ()))
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -46,7 +48,7 @@ class Judge:
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Unit vectors (B, E) on the CPU."""
-        return embed_texts(self.clip, [self.text.encode(text) for text in texts]).cpu()
+        return embed_texts(self.clip, [self.clip_text.encode(text) for text in texts]).cpu()
 
     @torch.inference_mode()
     def embed_images(self, image_BHW3: np.ndarray) -> Tensor:
@@ -63,14 +65,15 @@ class Judge:
 
 
 def open_judge(model: str, runs: Path, device: str) -> Judge:
-    """A pipeline as `find.open_pipeline` finds it, or the folder of a `CLIPModel` of `transformers`.
+    """A pipeline as `find.open_pipeline` finds it, or the folder of a scorer with a tokenizer of its own.
 
     Raises:
         CheckpointError: nothing of this name, or a damaged one.
     """
     folder = Path(model)
-    if (folder / CONFIG_JSON).is_file() and not (folder / PIPELINE).is_file():
-        return Judge(load_tokenizer(folder), load_scorer(folder).to(device))
+    if (folder / CARD).is_file() and read_card(folder).get("kind") == "clip":
+        clip, text = load_scorer(folder, None, "judge by a pipeline that has it")
+        return Judge(None, clip.to(device), text)
     return Judge.of(open_pipeline(model, runs, device))
 
 

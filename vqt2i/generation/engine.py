@@ -88,7 +88,7 @@ class Engine:
 
     def clip(self, clip: CLIP) -> CLIP:
         """What scores in the CLIP's place: faster where the engine is native, else itself."""
-        if self._made is None or not isinstance(self._made[1], NativeGPT) or not isinstance(clip, CLIP):
+        if self._made is None or not isinstance(self._made[1], NativeGPT):
             return clip
         if self._made_clip is None or self._made_clip[0] is not clip:
             try:

@@ -73,7 +73,7 @@ def decoding_needs(
         catching_up += branches * layout.n_image_ids * FP32  # the others' logits wait meanwhile
 
     added = branches * (n - 1)
-    if guided and layout.null == "image_first":  # the rows for guidance go on to the text
+    if guided and layout.null_condition == "image_first":  # the rows for guidance go on to the text
         added += gpt.layout.length - 2 - (n - 1)
     of_image = added * position + prefix * position // count + 3 * n * 8  # ids and random numbers
     # a batch may begin and end within a prompt's candidates; the null condition has a prefix too

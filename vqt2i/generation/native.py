@@ -87,7 +87,7 @@ class NativeGPT:
         if gpt.config.positions == "sequence":
             return None, gpt.position_embeddings[0].weight
         image = self.layout.image_part(torch.zeros(1, self.layout.image_length, dtype=torch.long))
-        if gpt.config.positions == "rotary":
+        if gpt.config.turns:
             return as_table(gpt.rotary(image.positions_BLA)), None
         embedded_1ID, _ = gpt.embed(image)
         return None, embedded_1ID[0] - gpt.embedding(image.ids_BL)[0]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqt2i.checkpoint import read_card
-from vqt2i.clip import CLIP
+from vqt2i.clip import CLIP, Prior
 from vqt2i.config import load_config
 from vqt2i.data.images import GREY, to_tensor, to_uint8
 from vqt2i.errors import PromptError, ResourceError
@@ -43,6 +43,7 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, Condition
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text
+from vqt2i.text.encoder import TextEncoder
 from vqt2i.vq import ImageTokenizer
 
 Offload = Literal["auto", "never", "always"]
@@ -84,7 +85,7 @@ def n_candidates(n: int, rerank: int | None) -> int:
 
 
 class TextToImage:
-    """The four parts and how to sample from them. `clip` may be None.
+    """The parts and how to sample from them. `clip` and `prior` may be None.
 
     Attributes:
         memory: bytes that weights and drawing may take of the GPT's device; None is what is free.
@@ -93,14 +94,23 @@ class TextToImage:
 
     def __init__(
         self,
-        text: TextTokenizer,
+        text: TextTokenizer | None,
         vq: ImageTokenizer,
         gpt: GPT,
         clip: CLIP | None,
         config: PipelineConfig,
         engine: Engine | None = None,
+        clip_text: TextTokenizer | None = None,
+        prior: Prior | None = None,
+        encoder: TextEncoder | None = None,
     ) -> None:
-        """engine: None is what `Engine` chooses where the GPT is."""
+        """
+        Args:
+            engine: None is what `Engine` chooses where the GPT is.
+            clip_text: the tokenizer that `clip` reads; None is `text`.
+            prior, encoder: stay on the CPU, a prompt is read once.
+        """
+        self.clip_text, self.prior, self.encoder = clip_text or text, prior, encoder
         self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
         self.engine = engine or Engine("auto", "auto", gpt.device)
         self.memory: int | None = None
@@ -118,7 +128,7 @@ class TextToImage:
         memory_gb: float | None = None,
         offload: Offload = "auto",
     ) -> "TextToImage":
-        """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` (optional) and `pipeline.yaml`.
+        """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` and `prior/` (both optional) and `pipeline.yaml`.
 
         Args:
             engine: how the GPT decodes, which changes its speed only; "auto" is what ends a job soonest.
@@ -148,10 +158,13 @@ class TextToImage:
         memory_gb: float | None = None,
         offload: Offload = "auto",
     ) -> "TextToImage":
-        """Load parts from a folder each (None for no `clip`) and check that they belong together; see `load`."""
-        text, vq, gpt, clip = load_parts(folders)
+        """Load parts from a folder each (see `load_parts`) and check that they belong together; see `load`."""
+        parts = load_parts(folders)
         place = pick_device(device)
-        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place))
+        pipeline = cls(
+            parts.text, parts.vq, parts.gpt, parts.clip, config, Engine(engine, precision, place), parts.clip_text,
+            parts.prior, parts.encoder,
+        )  # fmt: skip
         pipeline.gpt_folder = folders["gpt"]
         pipeline.place(place, None if memory_gb is None else int(memory_gb * 1e9), offload)
         return pipeline
@@ -180,7 +193,8 @@ class TextToImage:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Content hash of each part."""
-        parts = {"text": self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip}
+        parts = {"text": self.encoder or self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip,
+                 "prior": self.prior}  # fmt: skip
         return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
     @property
@@ -288,7 +302,8 @@ class TextToImage:
 
     @property
     def _reader(self) -> PromptReader:
-        return PromptReader(self.text, self.gpt, self.clip, self.vq.config.image_size_px)
+        size_px = self.vq.config.image_size_px
+        return PromptReader(self.text, self.gpt, self.clip, size_px, self.clip_text, self.prior, self.encoder)
 
     def _beside(
         self, negative: str | None, mix: Mix | None, sampling: SamplingConfig

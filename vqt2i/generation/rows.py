@@ -84,7 +84,7 @@ class GuidedRows:
             null_of = gpt.reader.null
             led_from = [null_of(job.condition) if job.negative is None else job.negative for job in jobs]
             # where these can go on to their texts: room for all of image → text but its mark and the EOT at its end
-            self._led_from_images = gpt.layout.config.null == "image_first" and not any(led_from)
+            self._led_from_images = gpt.layout.config.null_condition == "image_first" and not any(led_from)
             n_more = gpt.layout.length - 2 if self._led_from_images else n - 1
             self.first_null, null = _prefill(gpt, led_from, n_more)
             self.null, self.all = BranchedCache(null), BranchedCache([*branches, *null])

@@ -2,7 +2,9 @@
 
     text      ids of a tokenizer; the layout says how many
     vectors   an embedding of CLIP, of an image in training and of a text in sampling (CLIP-GEN: Wang et al. 2022, arXiv
-              2203.00386), or features of an encoder such as T5 (LlamaGen: Sun et al. 2024, arXiv 2406.06525)
+              2203.00386)
+    features  of a text, one vector for each of its ids, by an encoder such as T5 (LlamaGen: Sun et al. 2024, arXiv
+              2406.06525)
     label     a class, a learned vector each (LlamaGen); without classes the GPT is unconditional, as iGPT (Chen et al.
               2020)
 
@@ -58,6 +60,16 @@ class VectorCondition(Config):
     encoder: str
 
 
+class FeatureCondition(VectorCondition):
+    """As many vectors as the text has ids for its encoder, its mark of the end included; the rest of it is not read.
+
+    cleaning: of texts before they are read: "web" as they were for LlamaGen's training (`text.cleaning`).
+    """
+
+    kind: Literal["features"] = "features"
+    cleaning: Literal["none", "web"] = "none"
+
+
 class LabelCondition(Config):
     """One of `n_labels` classes, or nothing at all for 0 of them."""
 
@@ -65,7 +77,9 @@ class LabelCondition(Config):
     n_labels: NonNegativeInt = 0
 
 
-ConditionConfig = Annotated[TextCondition | VectorCondition | LabelCondition, Field(discriminator="kind")]
+ConditionConfig = Annotated[
+    TextCondition | VectorCondition | FeatureCondition | LabelCondition, Field(discriminator="kind")
+]
 
 
 class Vectors(NamedTuple):

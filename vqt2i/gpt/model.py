@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 EMBEDDING_STD = 0.02  # GPT-2's
-# "rotary", or learned tables that are added to the embeddings: of text index, row and column ("learned", DALL·E's), of
-# text index and image index in raster order ("raster", minDALL-E's), of the index in the whole without padding
-# ("sequence", CogView's)
-Positions = Literal["rotary", "learned", "raster", "sequence"]
+# "rotary", "rotary_image" (LlamaGen's, see `ImageRotary`), or learned tables that are added to the embeddings: of text
+# index, row and column ("learned", DALL·E's), of text index and image index in raster order ("raster", minDALL-E's), of
+# the index in the whole without padding ("sequence", CogView's)
+Positions = Literal["rotary", "rotary_image", "learned", "raster", "sequence"]
 
 
 class GPTConfig(Config):
@@ -52,6 +52,11 @@ class GPTConfig(Config):
     def sequence_layout(self) -> SequenceLayout:
         return SequenceLayout(self.layout, self.condition)
 
+    @property
+    def turns(self) -> bool:
+        """Whether positions turn queries and keys, and are not added to embeddings."""
+        return self.positions in ("rotary", "rotary_image")
+
     @model_validator(mode="after")
     def _texts_have_sizes_and_nothing_else_has(self) -> GPTConfig:
         sizes = {"layout.n_text_ids": self.layout.n_text_ids, "layout.text_length": self.layout.text_length}
@@ -64,10 +69,10 @@ class GPTConfig(Config):
 
     @model_validator(mode="after")
     def _heads_hold_pairs(self) -> GPTConfig:
-        width = self.transformer.head_width
-        if self.positions == "rotary" and width % 2:
-            raise ValueError(f"positions rotary: heads are {width} wide, expected an even width; change "
-                             "transformer.width or n_heads, or take learned positions")  # fmt: skip
+        width, multiple = self.transformer.head_width, {"rotary": 2, "rotary_image": 4}.get(self.positions, 1)
+        if width % multiple:
+            raise ValueError(f"positions {self.positions}: heads are {width} wide, expected a multiple of {multiple}; "
+                             "change transformer.width or n_heads, or take learned positions")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -88,6 +93,23 @@ class SplitHead(nn.Linear):
         return F.linear(hidden_BLD, self.weight[rows])
 
 
+class ImageRotary(Rotary):
+    """Rotary positions of rows and columns alone, half of the pairs each. What stands before an image has none.
+
+    There cosines and sines are 0, and with them queries and keys: an image position scores each of them 0, and they
+    look at each other evenly (LlamaGen, Sun et al. 2024, arXiv 2406.06525, in its published code).
+    """
+
+    def __init__(self, head_width: int) -> None:
+        super().__init__((head_width // 4, head_width // 4), (10_000.0, 10_000.0))
+
+    def forward(self, positions_BLA: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Rotary.forward`, of positions whose first axis is a text's."""
+        cos, sin = super().forward(positions_BLA[..., 1:])
+        in_image = (positions_BLA[..., 1] > 0)[:, None, :, None]
+        return cos * in_image, sin * in_image
+
+
 class GPT(nn.Module):
     """`forward` for whole sequences; `prefill`, then `step` or `step_text`, with a cache: every path, equal logits."""
 
@@ -105,6 +127,8 @@ class GPT(nn.Module):
             # base is too: every pair turns by a useful angle within the grid
             pairs = config.transformer.head_width // 2
             self.rotary = Rotary((pairs - 2 * (pairs // 4), pairs // 4, pairs // 4), (10_000.0, 100.0, 100.0))
+        elif config.positions == "rotary_image":
+            self.rotary = ImageRotary(config.transformer.head_width)
         else:
             layout, text_size = config.layout, self.layout.n_text_positions
             sizes = {
@@ -155,7 +179,7 @@ class GPT(nn.Module):
             ConfigError: its positions, or their tables, have no place for such a grid.
         """
         positions, own = self.config.positions, self.layout.config
-        if positions not in ("rotary", "learned"):
+        if not self.config.turns and positions != "learned":
             raise ConfigError(f"grid of {height} x {width} ids: the model's positions are {positions!r}, which count "
                               "tokens, not rows and columns; expected a model of rotary or learned ones")  # fmt: skip
         if height < 1 or width < 1:
@@ -275,7 +299,7 @@ class GPT(nn.Module):
         if sequences.vectors_BND is not None:
             vectors_BND = sequences.vectors_BND.to(x_BLD.dtype)
             x_BLD = torch.cat((vectors_BND, x_BLD[:, vectors_BND.shape[1] :]), dim=1)
-        if self.config.positions == "rotary":
+        if self.config.turns:
             return x_BLD, self.rotary(sequences.positions_BLA)
         if self.config.positions == "learned":
             indices = sequences.positions_BLA.unbind(-1)

@@ -16,8 +16,8 @@ text may leave free (DALL·E, Ramesh et al. 2021, arXiv 2102.12092, §2.2):
 Positions have three axes (text, row, column): a text token is (k, 0, 0) counted from its own start, so that padding
 changes nothing; an image token is (0, row + 1, column + 1); marks are (0, 0, 0), EOT follows its text.
 A text of no ids is the null condition of classifier-free guidance (Ho & Salimans 2022). Read as other texts are, it has
-to be trained beside them; where the null is "image_first", its image is read as in the order image → text, which is
-trained already, and the rows that guided an image can go on to the score of its text:
+to be trained beside them; where the null condition is "image_first", its image is read as in the order image → text,
+which is trained already, and the rows that guided an image can go on to the score of its text:
 
     null → image    PAD … PAD I2T i₁ … i_I
 
@@ -86,7 +86,7 @@ class LayoutConfig(Config):
     """Sizes of a sequence; they follow from the tokenizers and the longest text.
 
     n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned".
-    null: how a text of no ids is read.
+    null_condition: how a text of no ids is read.
     """
 
     n_text_ids: NonNegativeInt = 0
@@ -95,13 +95,13 @@ class LayoutConfig(Config):
     grid_height: PositiveInt
     grid_width: PositiveInt
     padding: Literal["masked", "learned"] = "masked"
-    null: Literal["empty_text", "image_first"] = "empty_text"
+    null_condition: Literal["empty_text", "image_first"] = "empty_text"
 
     @model_validator(mode="after")
     def _an_image_that_comes_first_has_no_padding(self) -> Self:
-        if self.null == "image_first" and (self.padding == "learned" or not self.text_length):
-            raise ValueError(f"null image_first: found {self.padding} padding of {self.text_length} text ids; expected "
-                             "texts whose padding is masked")  # fmt: skip
+        if self.null_condition == "image_first" and (self.padding == "learned" or not self.text_length):
+            raise ValueError(f"null_condition image_first: found {self.padding} padding of {self.text_length} text "
+                             "ids; expected texts whose padding is masked")  # fmt: skip
         return self
 
 
@@ -206,7 +206,7 @@ class SequenceLayout:
         positions[:, : S + 2, 0] = order_BL.clamp_min(0)
         ids = torch.cat((ids, torch.full_like(ids[:, :1], self.boi)), dim=1)
         real = F.pad(order_BL >= 0, (0, 1), value=True)
-        if self.config.null == "image_first":
+        if self.config.null_condition == "image_first":
             last_1L = torch.arange(S + 3, device=ids.device)[None] == S + 2
             null_B1 = n_B1 == 0
             ids = torch.where(null_B1, torch.where(last_1L, self.i2t, self.pad), ids)

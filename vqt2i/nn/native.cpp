@@ -239,6 +239,8 @@ struct TileRegisters {
 
 extern "C" {
 
+constexpr int MANY = 8;  // tokens of a whole sequence
+
 enum Kind : int32_t { EMBED, NORM, LINEAR, ATTEND, ACTIVATE };
 enum Format : int32_t { FP32, BF16, INT8 };                          // of LINEAR's matrix
 enum Norm : int32_t { RMS, LAYER, SCALED_LAYER };                    // NORM's format
@@ -274,7 +276,7 @@ struct Call {
   float* const* buffers;
   uint32_t* packed;   // rows x words of the widest input of LINEAR
   float* row_scales;  // two numbers a row
-  float* scores;      // threads x n_positions
+  float* scores;      // of each thread n_positions, and of whole sequences as many for each number of a head's width
   float* logits;
 };
 
@@ -532,18 +534,44 @@ inline floats wide(const uint16_t* from) { return (floats)(__builtin_convertvect
 inline void narrow(float* to, floats x) { store(to, x); }
 inline void narrow(uint16_t* to, floats x) { store(to, to_bf16(x)); }
 
+// Have the key or value that lies `ahead` of this one come from memory meanwhile.
+template <int PARTS, class C> inline void fetch(const C* from, int64_t ahead) {
+  for (int i = 0; i < PARTS * LANES; i += 64 / sizeof(C)) __builtin_prefetch(from + ahead + i, 0, 2);
+}
+
 template <int PARTS, class C>  // PARTS: vectors of a head
-inline void score(const floats* q, const C* keys, int n, float* scores) {
+inline void score(const floats* q, const C* keys, int n, float* scores, int64_t ahead) {
   for (int j = 0; j < n; j++, keys += PARTS * LANES) {
+    fetch<PARTS>(keys, ahead);
     floats total = q[0] * wide(keys);
     for (int i = 1; i < PARTS; i++) total += q[i] * wide(keys + i * LANES);
     scores[j] = sum(total);
   }
 }
 
-template <int PARTS, class C> inline void gather(floats* y, const C* values, int n, const float* weights) {
-  for (int j = 0; j < n; j++, values += PARTS * LANES)
-    for (int i = 0; i < PARTS; i++) y[i] += weights[j] * wide(values + i * LANES);
+// As `score`, from keys that lie side by side: number `h` of them all from `h * stride` on. Up to 15 scores too many.
+inline void score_side_by_side(const float* q, int H, const float* turned, int64_t stride, int n, float* scores) {
+  for (int j = 0; j < n; j += LANES) {
+    floats total = {};
+    for (int h = 0; h < H; h++) total += q[h] * load<floats>(turned + h * stride + j);
+    store(scores + j, total);
+  }
+}
+
+template <int PARTS, class C>
+inline void gather(floats* y, const C* values, int n, const float* weights, int64_t ahead) {
+  constexpr int WAYS = PARTS <= 2 ? 4 : 2;  // sums side by side, that none waits for the one before
+  floats sums[WAYS][PARTS] = {};
+  int j = 0;
+  for (; j + WAYS <= n; j += WAYS)
+    for (int k = 0; k < WAYS; k++, values += PARTS * LANES) {
+      fetch<PARTS>(values, ahead);
+      for (int i = 0; i < PARTS; i++) sums[k][i] += weights[j + k] * wide(values + i * LANES);
+    }
+  for (; j < n; j++, values += PARTS * LANES)
+    for (int i = 0; i < PARTS; i++) sums[0][i] += weights[j] * wide(values + i * LANES);
+  for (int k = 0; k < WAYS; k++)
+    for (int i = 0; i < PARTS; i++) y[i] += sums[k][i];
 }
 
 // Softmax of one row of scores; returns one over their sum, which the weights are yet to be multiplied by.
@@ -593,7 +621,11 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
   meeting.wait();
   // head by head, sequence by sequence: a prefix's keys stay in the CPU's cache for all sequences that share them
   Share mine((int64_t)N * s.n_sequences);
-  float* scores = s.scores + omp_get_thread_num() * (int64_t)s.n_positions;
+  // Of whole sequences there are many queries, for whom it pays to turn the keys. Steps sum in one order always, so that
+  // it makes no difference how many tokens are read in one.
+  const bool many = !s.ids && s.n_tokens >= MANY;
+  float* scores = s.scores + omp_get_thread_num() * (int64_t)s.n_positions * (many ? 1 + H : 1);
+  float* turned = scores + s.n_positions;
   for (int64_t at = mine.start; at < mine.stop; at++) {
     int64_t n = at / s.n_sequences, all = at % s.n_sequences, sequence = all;
     const Branches& b = branches_of(s, sequence);
@@ -602,13 +634,21 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
     const C* values = keys + n_prefixes * N * P * H;
     const C* own_keys = (const C*)b.own + ((op.layer * 2 * (int64_t)b.n_rows + sequence) * N + n) * b.capacity * H;
     const C* own_values = own_keys + (int64_t)b.n_rows * N * b.capacity * H;
+    if (many)
+      for (int j = 0; j < s.first + s.n_tokens; j++)
+        for (int i = 0; i < H; i += LANES) {
+          floats key = wide(own_keys + j * H + i);
+          for (int k = 0; k < LANES; k++) turned[(i + k) * (int64_t)s.n_positions + j] = key[k];
+        }
+    const int64_t next = (int64_t)N * b.capacity * H;  // of the next sequence: each has few, here and there in memory
     for (int l = 0; l < s.n_tokens; l++) {
       int64_t row = all * s.n_tokens + l, position = s.first + l;
       int n_own = s.causal ? position + 1 : s.first + s.n_tokens;
       floats q[PARTS], y[PARTS] = {};
       for (int i = 0; i < PARTS; i++) q[i] = wide(s.buffers[op.in] + row * 3 * D + n * H + i * LANES);
-      score<PARTS>(q, keys, P, scores);
-      score<PARTS>(q, own_keys, n_own, scores + P);
+      score<PARTS>(q, keys, P, scores, 0);
+      if (many) score_side_by_side((const float*)q, H, turned, s.n_positions, n_own, scores + P);
+      else score<PARTS>(q, own_keys, n_own, scores + P, next);
       if (b.hidden)
         for (int j = 0; j < P; j++)
           if (b.hidden[prefix * P + j]) scores[j] = -INFINITY;
@@ -616,8 +656,8 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
         for (int j = 0; j < n_own; j++)
           if (!op.visible[position * op.n_out + j]) scores[P + j] = -INFINITY;
       float share = exponentiate(scores, P + n_own);
-      gather<PARTS>(y, values, P, scores);
-      gather<PARTS>(y, own_values, n_own, scores + P);
+      gather<PARTS>(y, values, P, scores, 0);
+      gather<PARTS>(y, own_values, n_own, scores + P, next);
       for (int i = 0; i < PARTS; i++) store(s.buffers[op.out] + row * D + n * H + i * LANES, y[i] * share);
     }
   }

@@ -177,8 +177,8 @@ class NativeTransformer(nn.Module):
         logits_BLV: Tensor | None = None,
     ) -> None:  # fmt: skip
         longest = max(b.n_prefix for b in branches) + first + n_tokens
-        n_positions, n_threads = -(-longest // LANES) * LANES, torch.get_num_threads()
-        scores = torch.empty(n_threads, n_positions)
+        n_positions, n_threads = -(-longest // LANES) * LANES + LANES, torch.get_num_threads()
+        scores = torch.empty(n_threads, n_positions * (1 if ids_BL is not None else 1 + self.config.head_width))
         tensors = (ids_BL, cos_sin_LH, self._packed, self._row_scales, scores, logits_BLV)
         ids, cos_sin, *rest = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         call = _Call(
@@ -269,8 +269,8 @@ class NativeTransformer(nn.Module):
 def pack(weight_OI: Tensor, precision: NativePrecision) -> tuple[Tensor, Tensor | None]:
     """A matrix in the order in which native.cpp reads it, and for int8 the scale of each output.
 
-    Panels of 64 outputs; in a panel word by word of the inputs, of the smaller formats a multiple of 16 words; of a word
-    the 64 outputs side by side. What is lacking is 0.
+    Panels of 64 outputs; in a panel word by word of the inputs, of the smaller formats a multiple of 16 words; of a
+    word the 64 outputs side by side. What is lacking is 0.
     """
     weight, scale_O = weight_OI.detach().float(), None
     n_inputs = PER_WORD[precision] * (1 if precision == "fp32" else LANES)

@@ -1,4 +1,4 @@
-"""What a GPT is trained to read before an image: its caption, its embedding by a scorer, or nothing.
+"""What a GPT is trained to read before an image: its caption, features of it, its embedding by a scorer, or nothing.
 
 B batch, E embedding width
 """
@@ -20,6 +20,7 @@ from vqt2i.gpt import (
     GPT,
     ConditionBatch,
     ConditionConfig,
+    FeatureCondition,
     LabelCondition,
     LinearProjection,
     Projection,
@@ -29,6 +30,8 @@ from vqt2i.gpt import (
 )
 from vqt2i.runtime import say
 from vqt2i.text import TextBatch, TextTokenizer
+from vqt2i.text.cleaning import clean_web_caption
+from vqt2i.text.encoder import TextEncoder
 from vqt2i.training.batches import Batch, ImageSamples
 
 
@@ -57,11 +60,31 @@ class NoCondition(Config):
     kind: Literal["none"] = "none"
 
 
-TrainedCondition = Annotated[TextCondition | EmbeddingCondition | NoCondition, Field(discriminator="kind")]
+class CaptionFeatures(Config):
+    """Features of the caption by a frozen text encoder (LlamaGen, Sun et al. 2024, arXiv 2406.06525); its tokenizer is
+    the `text_tokenizer` too.
+
+    encoder: folder of a T5 of `transformers`. n_vectors, projection, cleaning: as in `FeatureCondition`.
+    """
+
+    kind: Literal["features"] = "features"
+    encoder: Path
+    n_vectors: PositiveInt = 120
+    projection: Projection
+    cleaning: Literal["none", "web"] = "none"
 
 
-def model_condition(condition: TrainedCondition, scorer: CLIP | None) -> ConditionConfig:
+TrainedCondition = Annotated[
+    TextCondition | EmbeddingCondition | CaptionFeatures | NoCondition, Field(discriminator="kind")
+]
+
+
+def model_condition(
+    condition: TrainedCondition, scorer: CLIP | None, encoder: TextEncoder | None = None
+) -> ConditionConfig:
     """The condition of the GPT that is trained; without a scorer, of one that is planned.
+
+    encoder: whose features it reads.
 
     Raises:
         ConfigError: the scorer's embeddings have another width than was configured, or nothing says which.
@@ -70,6 +93,10 @@ def model_condition(condition: TrainedCondition, scorer: CLIP | None) -> Conditi
         return condition
     if isinstance(condition, NoCondition):
         return LabelCondition()
+    if isinstance(condition, CaptionFeatures):
+        encoder = encoder or TextEncoder.load(condition.encoder)
+        shared = condition.model_dump(include={"n_vectors", "projection", "cleaning"})
+        return FeatureCondition(width=encoder.width, encoder=encoder.fingerprint, **shared)
     width = scorer.config.embedding_width if scorer else condition.width
     if width is None:
         raise ConfigError("condition.width: null, but no scorer is read here; set it to its embeddings' width")
@@ -86,11 +113,22 @@ def require_own_tokenizer(scorer: CLIP, tokenizer: TextTokenizer, path: Path) ->
                  hint="set text_tokenizer to the one that the scorer was trained with")  # fmt: skip
 
 
-class Conditioner:
-    """From batches to conditions, by a frozen scorer where the GPT reads embeddings."""
+def load_encoder(condition: CaptionFeatures, tokenizer: TextTokenizer) -> TextEncoder:
+    """The encoder of the captions; raises CheckpointError unless the tokenizer is its own."""
+    encoder = TextEncoder.load(condition.encoder)
+    require_same("text tokenizer", condition.encoder, found=tokenizer.fingerprint,
+                 expected=encoder.tokenizer.fingerprint, hint="set text_tokenizer to the encoder's folder"
+                 )  # fmt: skip
+    return encoder
 
-    def __init__(self, config: TrainedCondition, scorer: CLIP | None = None) -> None:
-        self.config = config
+
+class Conditioner:
+    """From batches to conditions, by a frozen scorer or text encoder where the GPT reads what these give."""
+
+    def __init__(
+        self, config: TrainedCondition, scorer: CLIP | None = None, encoder: TextEncoder | None = None
+    ) -> None:
+        self.config, self.encoder = config, encoder
         self.scorer = scorer and scorer.eval().requires_grad_(False)
 
     def of_images(self, batch: Batch, *, training: bool) -> ConditionBatch:
@@ -99,12 +137,28 @@ class Conditioner:
             return batch.text
         if isinstance(self.config, NoCondition):
             return torch.zeros(len(batch.chance_B), dtype=torch.long, device=batch.chance_B.device)
+        if isinstance(self.config, CaptionFeatures):
+            return self._features(batch.text)
         embedding_BE = batch.embedding_BE
         if embedding_BE is None:
             with torch.no_grad():
                 embedding_BE = embed_images(self.scorer.to(batch.image.device), batch.image)
         noisy = training and self.config.noise
         return as_vectors(perturbed(embedding_BE, self.config.noise) if noisy else embedding_BE)
+
+    def _features(self, text: TextBatch) -> VectorBatch:
+        """Of each caption, left-padded; of no caption the null."""
+        config, encoder = self.config, self.encoder
+        rows = [row[:n] for row, n in zip(text.ids_BS.tolist(), text.n_ids_B.tolist(), strict=True)]
+        if config.cleaning == "web":
+            rows = [encoder.tokenizer.encode(clean_web_caption(encoder.tokenizer.decode(row))) for row in rows]
+        encoder.model.to(text.ids_BS.device)
+        features = encoder.features([[*row[: config.n_vectors - 1], encoder.end] for row in rows])
+        vectors_BNC = torch.zeros(len(rows), config.n_vectors, encoder.width, device=text.ids_BS.device)
+        real_BN = torch.zeros(vectors_BNC.shape[:2], dtype=torch.bool, device=vectors_BNC.device)
+        for row, features_SC in enumerate(features):
+            vectors_BNC[row, -len(features_SC) :], real_BN[row, -len(features_SC) :] = features_SC, True
+        return VectorBatch(vectors_BNC, real_BN, text.n_ids_B == 0)
 
     def of_texts(self, text: TextBatch, gpt: GPT) -> VectorBatch:
         """What the GPT reads in sampling: the embeddings of texts, moved to where those of images are."""

@@ -24,13 +24,16 @@ from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
 from vqt2i.text import TextTokenizer, load_tokenizer
+from vqt2i.text.encoder import TextEncoder
 from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.conditions import (
     CAPTIONS,
+    CaptionFeatures,
     Conditioner,
     EmbeddingCondition,
     TrainedCondition,
+    load_encoder,
     measure_shift,
     model_condition,
     require_own_tokenizer,
@@ -49,7 +52,7 @@ from vqt2i.training.finetune import (
     save_adapter,
 )
 from vqt2i.training.launch import find_world
-from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
+from vqt2i.training.optim import OptimizerConfig, scheduled_adamw
 from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_flops
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
@@ -102,10 +105,11 @@ class GPTRunConfig(Config):
     text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
         folder, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are yet to be trained
         (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the images once,
-        "images" at every step. padding, null: as in `LayoutConfig`. bpe_dropout: probability that a merge of the text
-        tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1, arXiv 2102.12092, §2.2).
+        "images" at every step. padding, null_condition: as in `LayoutConfig`. bpe_dropout: probability that a merge of
+        the text tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1, arXiv 2102.12092,
+        §2.2).
     condition: what is read before an image. Without texts in it nothing else is said of texts: `text_tokenizer` is the
-        scorer's, and `text_length`, `padding`, `null`, `bpe_dropout` stay as they are.
+        scorer's, and `text_length`, `padding`, `null_condition`, `bpe_dropout` stay as they are.
     """
 
     name: str = "gpt"
@@ -116,7 +120,7 @@ class GPTRunConfig(Config):
     source: Literal["store", "images"] = "store"
     text_length: PositiveInt = 32
     padding: Literal["masked", "learned"] = "masked"
-    null: Literal["empty_text", "image_first"] = "empty_text"
+    null_condition: Literal["empty_text", "image_first"] = "empty_text"
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
     transformer: TransformerConfig = TransformerConfig()
     positions: Positions = "rotary"
@@ -135,7 +139,7 @@ class GPTRunConfig(Config):
 
     @model_validator(mode="after")
     def _settings_of_texts_are_for_texts(self) -> "GPTRunConfig":
-        wrong = {name: getattr(self, name) for name in ("text_length", "padding", "null", "bpe_dropout")}
+        wrong = {name: getattr(self, name) for name in ("text_length", "padding", "null_condition", "bpe_dropout")}
         wrong = {name: value for name, value in wrong.items() if value != type(self).model_fields[name].default}
         wrong |= {"training.reversed_share": share} if (share := self.training.reversed_share) else {}
         if wrong and self.condition.kind != "text":
@@ -145,9 +149,15 @@ class GPTRunConfig(Config):
         return self
 
     def model(
-        self, sizes: TokenizerSizes, text_tokenizer: str, image_tokenizer: str, scorer: CLIP | None = None
+        self,
+        sizes: TokenizerSizes,
+        text_tokenizer: str,
+        image_tokenizer: str,
+        scorer: CLIP | None = None,
+        encoder: TextEncoder | None = None,
     ) -> GPTConfig:
-        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer.
+        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer
+        or features of this encoder.
 
         Raises:
             ConfigError: the configuration was written for tokenizers of other sizes, or for another scorer.
@@ -155,8 +165,8 @@ class GPTRunConfig(Config):
         if self.sizes not in (None, sizes):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
-        condition, reads_text = model_condition(self.condition, scorer), self.condition.kind == "text"
-        text = {name: getattr(self, name) for name in ("text_length", "padding", "null")}
+        condition, reads_text = model_condition(self.condition, scorer, encoder), self.condition.kind == "text"
+        text = {name: getattr(self, name) for name in ("text_length", "padding", "null_condition")}
         text["n_text_ids"] = sizes.n_text_ids
         image = sizes.model_dump(exclude={"n_text_ids"})
         return GPTConfig(
@@ -207,11 +217,7 @@ class GPTModule(L.LightningModule):
         return self._frozen[0].to(self.device)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_adamw(self.gpt, self.config.optimizer, cpu_adam=self.cpu_adam)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_share(self.config.optimizer, step, self.max_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled_adamw(self.gpt, self.config.optimizer, self.max_steps, cpu_adam=self.cpu_adam)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         n_reversed = round(self.config.reversed_share * len(batch.chance_B))
@@ -247,7 +253,7 @@ class GPTModule(L.LightningModule):
         image = self.conditioner.of_images(batch, training=False)
         everywhere = torch.ones_like(batch.chance_B, dtype=torch.bool)
         conditions = {"val/image": image, "val/image_unconditional": self.gpt.reader.dropped(image, everywhere)}
-        if batch.text is not None:
+        if batch.text is not None and self.conditioner.scorer:
             conditions["val/image_from_text"] = self.conditioner.of_texts(batch.text, self.gpt)
         ids = self.image_ids(batch)
         values = {name: gpt_loss(self.gpt, c, ids, 0, self.config.loss).image for name, c in conditions.items()}
@@ -307,11 +313,13 @@ def train_gpt(
     if config.bpe_dropout and not tokenizer.is_bpe:
         raise ConfigError(f"bpe_dropout {config.bpe_dropout}: {config.text_tokenizer} is a unigram model, which merges "
                           "nothing; train one by tools/train_tokenizer.py --model-type bpe")  # fmt: skip
-    scorer = None
+    scorer = encoder = None
+    if isinstance(config.condition, CaptionFeatures):
+        encoder = load_encoder(config.condition, tokenizer)
     if isinstance(config.condition, EmbeddingCondition):
         scorer_folder, scorer = find_scorer(config.condition.scorer, runs)
         require_own_tokenizer(scorer, tokenizer, scorer_folder)
-    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer)
+    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer, encoder)
     base, started = None, {}
     if config.training.start_from is not None:
         base = find_base(config.training.start_from)
@@ -351,12 +359,14 @@ def train_gpt(
         if config.training.lora:
             add_adapters(gpt, config.training.lora)
     text_length = config.text_length if config.condition.kind == "text" else None
+    if encoder:
+        text_length = config.condition.n_vectors - 1  # and the mark of the end
     if scorer:
         text_length = scorer.config.text_length if dataset.languages else None
         if config.condition.n_shift_pairs:
             pairs = ImageSamples(dataset.split(config.data.train_split), vq.config.image_size_px, tokenizer, seed)
             gpt.reader.text_shift.copy_(measure_shift(scorer, pairs, config.condition.n_shift_pairs))
-    conditioner = Conditioner(config.condition, scorer)
+    conditioner = Conditioner(config.condition, scorer, encoder)
     module = GPTModule(gpt, vq, config.training, config.trainer.max_steps, config.sampling, conditioner)
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
@@ -370,6 +380,8 @@ def train_gpt(
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
             **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),
+            **({"text_encoder": {"path": str(config.condition.encoder), "fingerprint": encoder.fingerprint}}
+               if encoder else {}),
             **started,
             sampling=config.sampling.model_dump(),
             example_prompts=example_prompts(dataset.split(config.data.validation_split)),

@@ -22,6 +22,7 @@ class ImageTokenizerConfig(Config):
     patch_px: the convolutional encoder starts with, and the decoder ends with, patches of this side folded into
         channels. The resolution above costs most and adds least.
     channels: width at each resolution, finest (image side / patch_px) to coarsest (the id grid).
+    stem_channels: width of what the first convolution of "taming" gives; null is that of the finest level.
     latent_channels: width of the features between encoder, quantizer and decoder ("dalle": between quantizer and
         decoder); null is that of the coarsest level, which "lean" always has.
     n_res_blocks: per resolution, in the encoder and in the decoder.
@@ -36,6 +37,7 @@ class ImageTokenizerConfig(Config):
     architecture: Literal["lean", "taming", "dalle"] = "lean"
     patch_px: PositiveInt = 2
     channels: tuple[PositiveInt, ...] = (24, 64)
+    stem_channels: PositiveInt | None = None
     latent_channels: PositiveInt | None = None
     n_res_blocks: NonNegativeInt = 1
     attention_sizes_px: tuple[PositiveInt, ...] = ()
@@ -68,6 +70,15 @@ class ImageTokenizerConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _taming_has_norms_of_32_groups(self) -> "ImageTokenizerConfig":
+        if self.architecture != "taming" and self.stem_channels:
+            raise ValueError(f"stem_channels {self.stem_channels}: of architecture 'taming' only; leave it out")
+        if self.architecture == "taming" and any(width % 32 for width in (self.stem_width, *self.channels)):
+            raise ValueError(f"widths of architecture 'taming' must be multiples of 32, found "
+                             f"{[self.stem_width, *self.channels]}")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _dalle_has_what_it_has(self) -> "ImageTokenizerConfig":
         if self.architecture != "dalle":
             return self
@@ -78,6 +89,11 @@ class ImageTokenizerConfig(Config):
         if any(width % 4 for width in self.channels):
             raise ValueError(f"channels of architecture 'dalle' must be multiples of 4, found {list(self.channels)}")
         return self
+
+    @property
+    def stem_width(self) -> int:
+        """Channels of what the first convolution gives."""
+        return self.stem_channels or self.channels[0]
 
     @property
     def latent_width(self) -> int:

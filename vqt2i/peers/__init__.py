@@ -1,0 +1,13 @@
+"""Public checkpoints, opened: one importer per family, by the name that a user gives."""
+
+from vqt2i.peers.clip import CLIPFamily
+from vqt2i.peers.family import Compared, Family, Options
+from vqt2i.peers.llamagen import LlamaGenC2I, LlamaGenT2I, LlamaGenVQ
+from vqt2i.peers.taming import TamingGumbel, TamingVQGAN
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (TamingVQGAN(), TamingGumbel(), LlamaGenVQ(), LlamaGenC2I(), LlamaGenT2I(), CLIPFamily())
+}
+
+__all__ = ["FAMILIES", "Compared", "Family", "Options"]
