@@ -326,11 +326,12 @@ class Evaluation:
         (group,) = steps["drawing"]()
         image_B3HW = to_tensor(np.stack([sample.image_HW3 for sample in group]))
         ids_BHW = torch.from_numpy(np.stack([sample.image_ids_HW for sample in group]))
-        texts = [pipeline.text.encode(text)] * n
         if pipeline.clip is not None:
-            steps["clip"] = lambda: clip_scores(pipeline.engine.clip(pipeline.clip), image_B3HW, texts)
+            read = [pipeline.clip_text.encode(text)] * n
+            steps["clip"] = lambda: clip_scores(pipeline.engine.clip(pipeline.clip), image_B3HW, read)
         if pipeline.gpt.layout.has_both_orders:
-            steps["caption"] = lambda: caption_scores(pipeline.engine.gpt(pipeline.gpt), ids_BHW, texts)
+            said = [pipeline.text.encode(text)] * n
+            steps["caption"] = lambda: caption_scores(pipeline.engine.gpt(pipeline.gpt), ids_BHW, said)
         seconds = {name: min(_seconds(step) for _ in range(2)) / n for name, step in steps.items()}
         return [Row("seconds", value, None, None, n, {"step": name}) for name, value in seconds.items()]
 
