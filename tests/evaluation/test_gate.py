@@ -62,7 +62,7 @@ def break_mask(patch: pytest.MonkeyPatch) -> None:
 
 def break_guidance(patch: pytest.MonkeyPatch) -> None:
     """Away from the prompt."""
-    patch.setattr(rows, "guide", lambda conditional, unconditional, scale: torch.lerp(conditional, unconditional, scale))
+    patch.setattr(rows, "guide", lambda given, null, scale: torch.lerp(given, null, scale))
 
 
 def break_rerank(patch: pytest.MonkeyPatch) -> None:
