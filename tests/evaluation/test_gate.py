@@ -62,7 +62,8 @@ def break_mask(patch: pytest.MonkeyPatch) -> None:
 
 def break_guidance(patch: pytest.MonkeyPatch) -> None:
     """Away from the prompt."""
-    patch.setattr(rows, "guide", lambda conditional, unconditional, scale: torch.lerp(conditional, unconditional, scale))
+    guide = rows.guide
+    patch.setattr(rows, "guide", lambda conditional, null, scale: guide(conditional, null, -scale))
 
 
 def break_rerank(patch: pytest.MonkeyPatch) -> None:
