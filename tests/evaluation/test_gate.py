@@ -62,7 +62,8 @@ def break_mask(patch: pytest.MonkeyPatch) -> None:
 
 def break_guidance(patch: pytest.MonkeyPatch) -> None:
     """Away from the prompt."""
-    patch.setattr(rows, "guide", lambda given, null, scale: torch.lerp(given, null, scale))
+    guide = rows.guide
+    patch.setattr(rows, "guide", lambda conditional, null, scale: guide(conditional, null, -scale))
 
 
 def break_rerank(patch: pytest.MonkeyPatch) -> None:
