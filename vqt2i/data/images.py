@@ -15,7 +15,7 @@ GREY = 128  # what is shown where a picture has nothing yet
 
 Variants = Literal["centre", "flip", "five-crop", "ten-crop", "quarters"]
 _CROPS_AND_MIRRORED = {
-    "centre": (1, False), "flip": (1, True), "five-crop": (5, False), "ten-crop": (5, True), "quarters": (5, False),
+    "centre": (1, False), "flip": (1, True), "five-crop": (5, False), "ten-crop": (5, True), "quarters": (8, False),
 }  # fmt: skip
 _CORNER_SHARE = 1 / 1.1  # of the side of the centred square, as LlamaGen (arXiv 2406.06525) crops it
 
@@ -62,7 +62,7 @@ def require_side(image_HW3: np.ndarray, side_px: int, name: str) -> None:
 
 
 def n_variants(variants: Variants) -> int:
-    """How many pictures are made of one: 1, 2, 5, 10, or 5 with "quarters"."""
+    """How many pictures are made of one: 1, 2, 5, 10, or 8 with "quarters"."""
     n_crops, mirrored = _CROPS_AND_MIRRORED[variants]
     return n_crops * (1 + mirrored)
 
@@ -70,15 +70,15 @@ def n_variants(variants: Variants) -> int:
 def fit_variant(image_HW3: np.ndarray, size_px: int, variants: Variants, index: int) -> np.ndarray:
     """Variant `index` of an image, uint8 (size_px, size_px, 3): the crops first, then the same mirrored.
 
-    Crop 0 is `fit_square`, the others are the corners of that square, 1 / 1.1 of its side, or half of it ("quarters":
-    for image tokenizers that are to know pictures in two sizes, whatever their captions say). Mirrored pictures need
-    captions that do not tell left from right.
+    Crop 0 is `fit_square`, the others are the corners of that square, 1 / 1.1 of its side. Mirrored pictures need
+    captions that do not tell left from right. "quarters" are the square, four times, and the quarters of it: for image
+    tokenizers that are to know pictures in two sizes, both alike well.
     """
     n_crops, _ = _CROPS_AND_MIRRORED[variants]
     mirror, crop = divmod(index, n_crops)
-    if crop:
-        bottom, right = divmod(crop - 1, 2)
-        share = 1 / 2 if variants == "quarters" else _CORNER_SHARE
+    share, n_whole = (1 / 2, 4) if variants == "quarters" else (_CORNER_SHARE, 1)
+    if crop >= n_whole:
+        bottom, right = divmod(crop - n_whole, 2)
         image_HW3 = _resampled(image_HW3, size_px, share, bottom, right)
     else:
         image_HW3 = fit_square(image_HW3, size_px)

@@ -149,7 +149,8 @@ class Evaluation:
         asks += ["prompts from captions"] if drawn_by and config.prompts == "captions" else []
         if asks and self.data is None:
             raise DataError(f"{asks[0]}: needs a data set; give its folder behind the model")
-        if self.data is not None and (n := min(config.n_images, len(self.data.split(config.split)))) < LEAST:
+        compares = {"reconstruction", "fidelity"} & set(config.measures)  # by distances between sets of pictures
+        if compares and (n := min(config.n_images, len(self.data.split(config.split)))) < LEAST:
             raise DataError(f"{self.data.folder}: {n} images of split {config.split!r} are to be compared with; "
                             f"expected {LEAST} or more")  # fmt: skip
 
