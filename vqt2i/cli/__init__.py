@@ -27,6 +27,7 @@ VERBS = (
     "caption",
     "evaluate",
     "diagnose",
+    "probe",
     "make_pipeline",
     "benchmark",
 )

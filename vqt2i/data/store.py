@@ -3,6 +3,7 @@
 store.json                fingerprints of both tokenizers, grid, variants, the shards that each split was made of
 SPLIT.image_ids.npy       (samples, variants, grid height, grid width), codes from 0
 SPLIT.embeddings.npy      (samples, variants, width), float32: of the images, where a scorer was asked for them
+SPLIT.labels.npy          (samples,) the number of each sample's class, of a data set of classes
 SPLIT.text_ids.npy        all captions one after the other, whole (a reader truncates)
 SPLIT.text_starts.npy     (captions + 1,) where each caption starts in text_ids; the last number is where they end
 SPLIT.caption_starts.npy  (samples + 1,) where each sample's captions start in text_starts; likewise
@@ -16,7 +17,6 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,14 +32,14 @@ from vqt2i.files import write_atomic
 
 SPEC_NAME = "store.json"
 _ARRAYS = ("image_ids", "text_ids", "text_starts", "caption_starts")
-EMBEDDINGS = "embeddings"
+EMBEDDINGS, LABELS = "embeddings", "labels"  # kept where there are any
 
 
 class StoreSpec(Config):
     """What `store.json` says; `image_tokenizer`, `text_tokenizer` and `scorer` are fingerprints.
 
     scorer, embedding_width: of what made the embeddings, where there are any.
-    languages: of the data set; they decide which captions a sample has.
+    languages: of the data set; they decide which captions a sample has. labels: names of its classes, if it has any.
     splits: as in `data.json`; the shards' hashes say what was encoded.
     """
 
@@ -49,6 +49,7 @@ class StoreSpec(Config):
     scorer: str | None = None
     embedding_width: NonNegativeInt = 0
     languages: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     variants: Variants
     grid_height: PositiveInt
     grid_width: PositiveInt
@@ -58,6 +59,11 @@ class StoreSpec(Config):
     def image_shape(self) -> tuple[int, int, int]:
         """(variants, grid height, grid width): the codes of one sample."""
         return n_variants(self.variants), self.grid_height, self.grid_width
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Which arrays there are besides those of every store."""
+        return (*([EMBEDDINGS] if self.scorer else []), *([LABELS] if self.labels else []))
 
     @property
     def shards(self) -> dict[str, tuple[str, int, int]]:
@@ -79,6 +85,7 @@ class TokenPart(NamedTuple):
     text_lengths: np.ndarray  # of each caption
     n_captions_N: np.ndarray
     embeddings_NVE: np.ndarray = np.zeros((0, 0, 0), np.float32)
+    labels_N: np.ndarray = np.zeros(0, np.int64)
 
 
 def save_part(path: Path, part: TokenPart) -> None:
@@ -105,23 +112,25 @@ def load_part(path: Path) -> TokenPart:
 class TokenSplit:
     """One split, read by whole batches. Pickled as its path: a worker process maps the files itself."""
 
-    def __init__(self, folder: Path, name: str, n_samples: int, *, embedded: bool = False) -> None:
-        self._arguments = (folder, name, n_samples, embedded)
-        names = (*_ARRAYS, EMBEDDINGS) if embedded else _ARRAYS
+    def __init__(self, folder: Path, name: str, n_samples: int, extras: tuple[str, ...] = ()) -> None:
+        self._arguments = (folder, name, n_samples, extras)
         try:
             # plain views: indexing np.memmap itself takes several times as long
-            arrays = [np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r")) for array in names]
+            arrays = {
+                array: np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r"))
+                for array in (*_ARRAYS, *extras)
+            }
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{folder}: damaged token store ({error}); remove it and encode again") from None
-        self._image_ids, self._text_ids, self._text_starts, self._caption_starts = arrays[:4]
-        self._embeddings = arrays[4] if embedded else None
-        if not len(self._image_ids) == len(self._caption_starts) - 1 == len(arrays[4 * embedded]) == n_samples:
+        self._image_ids, self._text_ids, self._text_starts, self._caption_starts = (arrays[key] for key in _ARRAYS)
+        self._embeddings, self._labels = arrays.get(EMBEDDINGS), arrays.get(LABELS)
+        per_sample = [self._image_ids, self._caption_starts[1:], *(arrays[key] for key in extras)]
+        if any(len(array) != n_samples for array in per_sample):
             raise DataError(f"{folder}: '{name}' holds {len(self._image_ids)} samples, {SPEC_NAME} says {n_samples}; "
                             "remove it and encode again")  # fmt: skip
 
     def __reduce__(self) -> tuple:
-        *place, embedded = self._arguments
-        return partial(TokenSplit, embedded=embedded), tuple(place)
+        return TokenSplit, self._arguments
 
     def __len__(self) -> int:
         return len(self._image_ids)
@@ -137,6 +146,10 @@ class TokenSplit:
     def embeddings(self, index_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray | None:
         """The scorer's embedding of one variant of each sample, float32 (B, E), where the store has them."""
         return None if self._embeddings is None else self._embeddings[index_B, variant_B]
+
+    def labels(self, index_B: np.ndarray) -> np.ndarray | None:
+        """The number of each sample's class, int64 (B,), where the store has them."""
+        return None if self._labels is None else self._labels[index_B]
 
     def texts(self, index_B: np.ndarray, draw_B: np.ndarray, text_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each sample the caption that `draw_B` in [0, 1) falls on, of all languages; none where it has none.
@@ -169,7 +182,9 @@ class TokenSplit:
         texts = self._text_starts[captions[0] : captions[-1] + 1]
         text_ids = self._text_ids[texts[0] : texts[-1]]
         part = TokenPart(self._image_ids[first:behind], text_ids, np.diff(texts), np.diff(captions))
-        return part if self._embeddings is None else part._replace(embeddings_NVE=self._embeddings[first:behind])
+        if self._embeddings is not None:
+            part = part._replace(embeddings_NVE=self._embeddings[first:behind])
+        return part if self._labels is None else part._replace(labels_N=self._labels[first:behind])
 
 
 class TokenStore:
@@ -192,9 +207,7 @@ class TokenStore:
     def split(self, name: str) -> TokenSplit:
         if name not in self.spec.splits:
             raise DataError(f"{self.folder}: no split '{name}'; it has {', '.join(self.spec.splits)}")
-        return TokenSplit(
-            self.folder, name, self.spec.splits[name].n_samples, embedded=self.spec.scorer is not None
-        )
+        return TokenSplit(self.folder, name, self.spec.splits[name].n_samples, self.spec.extras)
 
 
 def image_id_dtype(n_image_ids: int) -> type[np.integer]:
@@ -203,27 +216,29 @@ def image_id_dtype(n_image_ids: int) -> type[np.integer]:
 
 
 def write_split(folder: Path, name: str, parts: Iterable[TokenPart], image_shape: tuple[int, int, int],
-                dtype: type[np.integer], embedding_width: int = 0) -> None:  # fmt: skip
+                dtype: type[np.integer], embedding_width: int = 0, *, labelled: bool = False) -> None:  # fmt: skip
     """Write the arrays of one split, holding one part at a time. `image_shape`: as in `StoreSpec`."""
     starts = (np.int64, ())
     kinds = dict(zip(_ARRAYS, ((dtype, image_shape), (np.int32, ()), starts, starts), strict=True))
     if embedding_width:
         kinds[EMBEDDINGS] = (np.float32, (image_shape[0], embedding_width))
-    arrays = [_GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in kinds.items()]
-    image_ids, text_ids, text_starts, caption_starts = arrays[:4]
+    if labelled:
+        kinds[LABELS] = (np.int64, ())
+    arrays = {array: _GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in kinds.items()}
     n_ids = n_captions = 0
-    text_starts.append(np.zeros(1))
-    caption_starts.append(np.zeros(1))
+    arrays["text_starts"].append(np.zeros(1))
+    arrays["caption_starts"].append(np.zeros(1))
     for part in parts:
-        image_ids.append(part.image_ids_NVHW)
-        for embeddings in arrays[4:]:
-            embeddings.append(part.embeddings_NVE)
-        text_ids.append(part.text_ids)
-        text_starts.append(n_ids + np.cumsum(part.text_lengths))
-        caption_starts.append(n_captions + np.cumsum(part.n_captions_N))
+        rows = {
+            "image_ids": part.image_ids_NVHW, EMBEDDINGS: part.embeddings_NVE, LABELS: part.labels_N,
+            "text_ids": part.text_ids, "text_starts": n_ids + np.cumsum(part.text_lengths),
+            "caption_starts": n_captions + np.cumsum(part.n_captions_N),
+        }  # fmt: skip
+        for array, file in arrays.items():
+            file.append(rows[array])
         n_ids, n_captions = n_ids + len(part.text_ids), n_captions + len(part.text_lengths)
-    for array in arrays:
-        array.close()
+    for file in arrays.values():
+        file.close()
 
 
 class _GrowingArray:

@@ -26,7 +26,7 @@ from torch import Tensor
 from vqt2i.config import Config
 from vqt2i.data.images import fit_square, to_tensor, to_uint8
 from vqt2i.data.shards import DataSet, Split
-from vqt2i.errors import DataError
+from vqt2i.errors import CheckpointError, DataError
 from vqt2i.generation import TextToImage
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.gpt import GPT, LossWeights, gpt_loss
@@ -147,7 +147,12 @@ def diagnose(
 
     Raises:
         DataError: a split that is not there, or of fewer than two captioned images.
+        CheckpointError: a GPT that reads no texts.
     """
+    if not pipeline.gpt.layout.reads_text:
+        kind = pipeline.gpt.config.condition.kind
+        raise CheckpointError(f"this GPT reads a condition of kind {kind!r} before an image; expected one that reads "
+                              "texts, for a diagnosis is of these")  # fmt: skip
     tell = on_stage or (lambda _: None)
     gpt = pipeline.gpt
     tell("image tokenizer")
@@ -156,7 +161,8 @@ def diagnose(
     )
     reconstruction = _decode(pipeline, val.ids_BHW)
     decibel = float(psnr(val.image_B3HW, reconstruction).mean())
-    patch_decibel = float(psnr(val.image_B3HW, _patch_means(val.image_B3HW, pipeline.vq.config.downsample)).mean())
+    patch_px = max(2, pipeline.vq.config.downsample)  # of a palette, whose patches are pixels, four of them
+    patch_decibel = float(psnr(val.image_B3HW, _patch_means(val.image_B3HW, patch_px)).mean())
     tell("GPT")
     own, likeliest_BI = _teacher_forced(gpt, val.ids_BHW, val.texts)
     shuffled, _ = _teacher_forced(gpt, val.ids_BHW, _others(val))

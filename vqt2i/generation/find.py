@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from vqt2i.checkpoint import CARD, CONFIG, load_model, read_card, save_model
+from vqt2i.checkpoint import CARD, CONFIG, read_card, save_model
 from vqt2i.clip import CLIP
 from vqt2i.clip.huggingface import CONFIG_JSON, HuggingFaceCLIP, fingerprint_of, load_scorer
 from vqt2i.config import build_config, load_config, save_config
@@ -16,19 +16,19 @@ from vqt2i.generation.parts import PARTS, PIPELINE, PipelineConfig, pipeline_fol
 from vqt2i.generation.pipeline import TextToImage
 from vqt2i.generation.reading import reads_embeddings
 from vqt2i.runtime import say
-from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+from vqt2i.vq import AnyImageTokenizer, load_image_tokenizer
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 DEFAULT_SHIPPED = "shapes"
 
 
-def find_image_tokenizer(folder: Path | None, runs: Path) -> tuple[Path, ImageTokenizer]:
-    """The image tokenizer of `folder`, else the newest in `runs`, else the shipped one; says which."""
+def find_image_tokenizer(folder: Path | None, runs: Path) -> tuple[Path, AnyImageTokenizer]:
+    """The image tokenizer of `folder`, else the newest in `runs` (no palette), else the shipped one; says which."""
     if folder is None:
         trained = trained_models(runs).get("vqgan", [])
         folder = trained[0] if trained else SHIPPED / DEFAULT_SHIPPED / "vq"
         say(f"image tokenizer: {folder}" + ("" if trained else " (shipped; none trained yet)"))
-    return folder, load_model(folder, ImageTokenizerConfig, ImageTokenizer)
+    return folder, load_image_tokenizer(folder)
 
 
 def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP | HuggingFaceCLIP]:
@@ -41,7 +41,7 @@ def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP | HuggingFa
 
 
 def trained_models(runs: Path) -> dict[str, list[Path]]:
-    """Model folders of the runs by kind ("vqgan", "gpt", "clip"), newest first."""
+    """Model folders of the runs by kind ("vqgan", "palette", "gpt", "clip"), newest first."""
     found: dict[str, list[Path]] = {}
     cards = sorted(runs.glob(f"*/model/{CARD}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for card in cards:
@@ -68,7 +68,8 @@ def trained_parts(gpt_folder: Path, runs: Path) -> dict[str, Path | None]:
     if kind != "gpt":
         raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or a GPT run")
     models = trained_models(runs)
-    vq = _by_fingerprint("image tokenizer", models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
+    tokenizers = [*models.get("vqgan", []), *models.get("palette", [])]
+    vq = _by_fingerprint("image tokenizer", tokenizers, card["image_tokenizer"], gpt_folder)
     text = Path(card["text_tokenizer"]["path"])
     if "scorer" in card:
         clip = _by_fingerprint("scorer", models.get("clip", []), card["scorer"], gpt_folder)

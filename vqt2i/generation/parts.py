@@ -12,7 +12,7 @@ from vqt2i.generation.reading import reads_embeddings
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.text import TextTokenizer, load_tokenizer
-from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+from vqt2i.vq import AnyImageTokenizer, load_image_tokenizer
 
 PARTS = ("text", "vq", "gpt", "clip")
 PIPELINE = "pipeline.yaml"
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
     """A pipeline's models. `clip` may be None."""
 
     text: TextTokenizer
-    vq: ImageTokenizer
+    vq: AnyImageTokenizer
     gpt: GPT
     clip: CLIP | None
 
@@ -52,7 +52,7 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
         CheckpointError: a part is missing or damaged, or does not belong with the others.
     """
     text = load_tokenizer(folders["text"])
-    vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
+    vq = load_image_tokenizer(folders["vq"])
     gpt = load_model(folders["gpt"], GPTConfig, GPT)
     hint = "use the parts it was trained with"
     trained = gpt.config

@@ -43,7 +43,7 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, Condition
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 Offload = Literal["auto", "never", "always"]
 
@@ -93,7 +93,7 @@ class TextToImage:
     def __init__(
         self,
         text: TextTokenizer,
-        vq: ImageTokenizer,
+        vq: AnyImageTokenizer,
         gpt: GPT,
         clip: CLIP | None,
         config: PipelineConfig,
@@ -209,7 +209,8 @@ class TextToImage:
 
         Args:
             prompts: what to draw, in any language; a single string is one prompt. A picture where the GPT reads
-                embeddings: variations of it. The number of a class where it reads labels, "" where it reads nothing.
+                embeddings: variations of it. The name of a class where it reads labels (its number where they have no
+                names), "" for none of them or where it reads nothing.
             rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
             scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption"; "clip" where the GPT
                 reads no text.
@@ -496,7 +497,7 @@ class TextToImage:
             ConfigError: the GPT's positions have no place for such a grid.
         """
         other = copy.copy(self)
-        other.gpt = self.gpt.with_grid(rows, columns * self.vq.config.quantizer.ids_per_cell)
+        other.gpt = self.gpt.with_grid(rows, columns * self.vq.config.ids_per_cell)
         return other
 
     def edit(
@@ -544,7 +545,7 @@ class TextToImage:
         led_from, _ = self._beside(negative, None, sampling)
         canvas, condition = open_canvas(image, change), self._reader.condition(prompt)
         kept_ids_HW = self._encode(canvas.image_HW3)
-        cells = kept_ids_HW.shape[0], kept_ids_HW.shape[1] // self.vq.config.quantizer.ids_per_cell
+        cells = kept_ids_HW.shape[0], kept_ids_HW.shape[1] // self.vq.config.ids_per_cell
         jobs = []
         for index in range(count):
             varied = isinstance(change, Vary)
@@ -573,9 +574,7 @@ class TextToImage:
     def _encode(self, image_HW3: np.ndarray) -> Tensor:
         """The ids of a picture of the shape of the GPT's grid, (grid height, grid width) on the CPU."""
         layout, vq = self.gpt.layout.config, self.vq.config
-        fitted_HW3 = fit_grid(
-            image_HW3, layout.grid_height, layout.grid_width // vq.quantizer.ids_per_cell, vq.downsample
-        )
+        fitted_HW3 = fit_grid(image_HW3, layout.grid_height, layout.grid_width // vq.ids_per_cell, vq.downsample)
         with self._at_work(self.vq):
             return self.vq.encode(to_tensor(fitted_HW3)[None].to(self.gpt.device))[0].cpu()
 

@@ -3,6 +3,7 @@
 E width of a scorer's embeddings
 """
 
+import difflib
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,35 @@ from vqt2i.data.images import fit_square, to_tensor
 from vqt2i.errors import PromptError
 from vqt2i.generation.prompts import Picture
 from vqt2i.gpt import GPT, Condition, LabelCondition, VectorCondition, Vectors
-from vqt2i.text import TextTokenizer
+from vqt2i.text import TextTokenizer, clean_text
 
 Prompt = str | Picture
+SHOWN_NAMES = 20  # of classes, in a complaint
 
 
 def reads_embeddings(gpt: GPT) -> bool:
     """Whether a GPT reads a scorer's embeddings, of texts or of pictures."""
     return isinstance(gpt.config.condition, VectorCondition)
+
+
+def label_of(prompt: str, condition: LabelCondition) -> int:
+    """The label that a prompt asks for: by the name of its class, or by its number where classes have no names.
+
+    The empty prompt asks for none, which is the null.
+
+    Raises:
+        PromptError: no such class.
+    """
+    names = [clean_text(name) for name in condition.names] or [str(label) for label in range(condition.n_labels)]
+    if prompt in names:
+        return names.index(prompt)
+    if not prompt:
+        return condition.n_labels
+    if not names:
+        raise PromptError(f"prompt {prompt!r}: expected the empty prompt, for this GPT reads nothing")
+    near = difflib.get_close_matches(prompt, names, n=SHOWN_NAMES, cutoff=0.5) if names[SHOWN_NAMES:] else names
+    told = f", such as {', '.join(near or names[:SHOWN_NAMES])}" if names[SHOWN_NAMES:] else f": {', '.join(names)}"
+    raise PromptError(f"prompt {prompt!r}: no class of this GPT; it reads one of {len(names):,}{told}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +61,7 @@ class PromptReader:
             raise PromptError(f"picture {prompt.name}: this GPT reads a {condition.kind}; variations need one that "
                               "reads embeddings, as configs/gpt/clip_gen_tiny.yaml trains it")  # fmt: skip
         if isinstance(condition, LabelCondition):
-            labels = [str(label) for label in range(condition.n_labels)] or [""]
-            if prompt not in labels:
-                expected = f"a label from 0 to {labels[-1]}" if labels[-1] else "the empty prompt, for it reads nothing"
-                raise PromptError(f"prompt {prompt!r}: expected {expected}")
+            label_of(prompt, condition)
 
     @torch.inference_mode()
     def embed(self, prompt: Prompt) -> Tensor:
@@ -58,7 +77,7 @@ class PromptReader:
         if self.gpt.layout.reads_text:
             return tuple(self.text.encode(prompt))
         if not reads_embeddings(self.gpt):
-            return int(prompt or 0)
+            return label_of(prompt, self.gpt.config.condition)
         asked_E = self.embed(prompt).cpu()
         if isinstance(prompt, str):
             asked_E = shifted_texts(asked_E, self.gpt.reader.text_shift.cpu())

@@ -14,7 +14,7 @@ B batch, N vectors, C their width
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from vqt2i.config import Config
@@ -59,10 +59,17 @@ class VectorCondition(Config):
 
 
 class LabelCondition(Config):
-    """One of `n_labels` classes, or nothing at all for 0 of them."""
+    """One of `n_labels` classes, or nothing at all for 0 of them. names: of all classes, or of none."""
 
     kind: Literal["label"] = "label"
     n_labels: NonNegativeInt = 0
+    names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _every_label_has_a_name_of_its_own(self) -> "LabelCondition":
+        if self.names and len(set(self.names)) != self.n_labels:
+            raise ValueError(f"names: found {len(set(self.names))} different ones, expected n_labels ({self.n_labels})")
+        return self
 
 
 ConditionConfig = Annotated[TextCondition | VectorCondition | LabelCondition, Field(discriminator="kind")]

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vqt2i.data.images import Variants, fit_variant, n_variants, to_tensor
+from vqt2i.data.pairs import Pair
 from vqt2i.data.sampling import LaneSampler, StepSampler, Visits, draw
 from vqt2i.data.shards import Split
 from vqt2i.data.store import TokenSplit
 from vqt2i.data.stream import Stream
-from vqt2i.errors import UserError
+from vqt2i.errors import DataError, UserError
 from vqt2i.text import TextBatch, TextTokenizer, pad_texts
 
 
@@ -26,7 +27,8 @@ class Batch(NamedTuple):
     """Samples together: images, float (B, 3, H, W) in [-1, 1], or their codes, long (B, H, W); one caption of each.
 
     `text` is None where texts were not asked for; `chance_B` in [0, 1) draws the dropped conditions. `embedding_BE` is
-    the image's by a scorer, where the store has it.
+    the image's by a scorer, where the store has it. `label_B`, long, are the numbers of their classes, where those are
+    known.
     """
 
     image: Tensor | None
@@ -34,6 +36,7 @@ class Batch(NamedTuple):
     text: TextBatch | None
     chance_B: Tensor
     embedding_BE: Tensor | None = None
+    label_B: Tensor | None = None
 
 
 class SampleSource(Protocol):
@@ -51,7 +54,8 @@ class SampleSource(Protocol):
 class ImageSamples:
     """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language.
 
-    A stream is for training only: it has no length. bpe_dropout: of merges of a caption, drawn anew at each visit where
+    A stream is for training only: it has no length. labels: names of the classes, where they are asked for; each sample
+    must be of one. bpe_dropout: of merges of a caption, drawn anew at each visit where
     batches are augmented.
     """
 
@@ -61,6 +65,7 @@ class ImageSamples:
     seed: int
     variants: Variants = "centre"
     bpe_dropout: float = 0.0
+    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.split)
@@ -68,17 +73,26 @@ class ImageSamples:
     def batch(self, visits: Visits, text_length: int | None, *, augment: bool) -> Batch:
         caption_draw_B = draw("caption", self.seed, visits)
         variant_B = _variants(n_variants(self.variants) if augment else 1, self.seed, visits)
-        images, texts = [], []
+        images, texts, labels = [], [], []
         for index, u, variant in zip(visits.index_B.tolist(), caption_draw_B.tolist(), variant_B.tolist(), strict=True):
             pair = self.split[index]
             images.append(fit_variant(pair.image_HW3, self.size_px, self.variants, variant))
             captions = [c for captions in pair.captions.values() for c in captions] if self.tokenizer else []
             texts.append(captions[int(u * len(captions))] if captions else "")
+            labels += [self._number(pair)] if self.labels else []
         text = None
         if text_length is not None:
             dropout = self.bpe_dropout if augment else 0.0
             text = pad_texts(_encoded(self.tokenizer, texts, dropout, self.seed, visits), text_length)
-        return Batch(to_tensor(np.stack(images)), None, text, _chances(self.seed, visits))
+        label_B = torch.tensor(labels) if labels else None
+        return Batch(to_tensor(np.stack(images)), None, text, _chances(self.seed, visits), label_B=label_B)
+
+    def _number(self, pair: Pair) -> int:
+        if pair.label not in self.labels:  # of a stream; data sets have been checked
+            known = ", ".join(self.labels[:8]) + (", ..." if self.labels[8:] else "")
+            raise DataError(f"sample {pair.key}: its class is {pair.label!r}; expected one of the data set that is "
+                            f"validated on: {known}")  # fmt: skip
+        return self.labels.index(pair.label)
 
 
 class TokenSamples:
@@ -107,7 +121,9 @@ class TokenSamples:
             text = TextBatch(*map(torch.from_numpy, self.split.texts(visits.index_B, caption_draw_B, text_length)))
         embeddings = self.split.embeddings(visits.index_B, variant_B)
         embedding_BE = None if embeddings is None else torch.from_numpy(embeddings)
-        return Batch(None, image_ids, text, _chances(self.seed, visits), embedding_BE)
+        labels = self.split.labels(visits.index_B)
+        label_B = None if labels is None else torch.from_numpy(labels)
+        return Batch(None, image_ids, text, _chances(self.seed, visits), embedding_BE, label_B)
 
 
 def _encoded(tokenizer: TextTokenizer, texts: list[str], dropout: float, seed: int, visits: Visits) -> list[list[int]]:

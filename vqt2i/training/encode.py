@@ -31,11 +31,11 @@ from vqt2i.files import PARTIAL_PREFIX, new_folder, require_free, sha256_of_part
 from vqt2i.runtime import counter, is_first_process, pick_device, say
 from vqt2i.text import TextTokenizer
 from vqt2i.training.batches import BatchLoader
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 
 def store_spec(
-    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], variants: Variants,
+    dataset: DataSet, vq: AnyImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], variants: Variants,
     scorer: CLIP | None = None,
 ) -> StoreSpec:  # fmt: skip
     """What the store of these says.
@@ -52,6 +52,7 @@ def store_spec(
         scorer=scorer and scorer.fingerprint,
         embedding_width=scorer.config.embedding_width if scorer else 0,
         languages=dataset.languages,
+        labels=dataset.labels,
         variants=variants,
         grid_height=vq.config.grid_height,
         grid_width=vq.config.grid_width,
@@ -61,7 +62,7 @@ def store_spec(
 
 def encode_dataset(
     dataset: DataSet,
-    vq: ImageTokenizer,
+    vq: AnyImageTokenizer,
     tokenizer: TextTokenizer,
     splits: tuple[str, ...],
     out: Path,
@@ -111,7 +112,7 @@ def encode_dataset(
         for name, split in spec.splits.items():
             parts = (part_of(shard.sha256) for shard in split.shards)
             dtype = image_id_dtype(vq.config.vocab_size)
-            write_split(folder, name, parts, spec.image_shape, dtype, spec.embedding_width)
+            write_split(folder, name, parts, spec.image_shape, dtype, spec.embedding_width, labelled=bool(spec.labels))
         write_json(folder / SPEC_NAME, spec.model_dump(mode="json"))
     shutil.rmtree(work, ignore_errors=True)
     return TokenStore.open(out)
@@ -119,7 +120,7 @@ def encode_dataset(
 
 def _require_alike(held: TokenStore, spec: StoreSpec) -> None:
     """Check that a store is of the same data set, grown or changed in part, and of the same tokenizers."""
-    for key in ("image_tokenizer", "text_tokenizer", "scorer", "languages", "variants"):
+    for key in ("image_tokenizer", "text_tokenizer", "scorer", "languages", "labels", "variants"):
         found, expected = getattr(held.spec, key), getattr(spec, key)
         if found != expected:
             raise DataError(f"{held.folder}: encoded with {key} {found}, expected {expected}; "
@@ -132,7 +133,7 @@ def _require_alike(held: TokenStore, spec: StoreSpec) -> None:
 def _short_name(spec: StoreSpec) -> str:
     """Of everything but the shards that decides what a sample's ids are."""
     tokenizers = (spec.image_tokenizer, spec.text_tokenizer, *([spec.scorer] if spec.scorer else []))
-    return sha256_of_parts(*tokenizers, spec.variants, *spec.languages)[:16]
+    return sha256_of_parts(*tokenizers, spec.variants, *spec.languages, *spec.labels)[:16]
 
 
 def _part_file(work: Path, shard_hash: str) -> Path:
@@ -140,12 +141,13 @@ def _part_file(work: Path, shard_hash: str) -> Path:
 
 
 class _Pictures(NamedTuple):
-    """A batch as the workers make it: uint8 pixels and the ids of all captions."""
+    """A batch as the workers make it: uint8 pixels, the ids of all captions, the numbers of the classes if any."""
 
     images_BVHW3: torch.Tensor
     text_ids: np.ndarray
     text_lengths: np.ndarray
     n_captions_B: np.ndarray
+    labels_B: np.ndarray
 
 
 class _Reading:
@@ -153,6 +155,7 @@ class _Reading:
 
     def __init__(self, dataset: DataSet, tokenizer: TextTokenizer, size_px: int, variants: Variants) -> None:
         self.dataset, self.tokenizer, self.size_px, self.variants = dataset, tokenizer, size_px, variants
+        self.numbers = {label: number for number, label in enumerate(dataset.labels)}
 
     def __call__(self, key: tuple[str, range]) -> _Pictures:
         split = self.dataset.split(key[0])
@@ -167,6 +170,7 @@ class _Reading:
             np.array([i for ids in texts for i in ids], np.int32),
             np.array([len(ids) for ids in texts], np.int64),
             np.array([sum(map(len, pair.captions.values())) for pair in pairs], np.int64),
+            np.array([self.numbers[pair.label] for pair in pairs if self.numbers], np.int64),
         )
 
     def _variants(self) -> range:
@@ -175,7 +179,7 @@ class _Reading:
 
 @torch.inference_mode()
 def _encode_shards(
-    shards: dict[str, tuple[str, int, int]], work: Path, dataset: DataSet, vq: ImageTokenizer,
+    shards: dict[str, tuple[str, int, int]], work: Path, dataset: DataSet, vq: AnyImageTokenizer,
     tokenizer: TextTokenizer, scorer: CLIP | None, variants: Variants, batch_size: int, n_workers: int,
 ) -> None:  # fmt: skip
     """Write the part of each shard. No batch reaches into the next shard, so that a part is always the same."""
@@ -201,7 +205,7 @@ def _encode_shards(
                 pixels, shape = to_tensor(images), batch.images_BVHW3.shape[:2]
                 ids = vq.encode(pixels).unflatten(0, shape).cpu().numpy()
                 ids = ids.astype(image_id_dtype(vq.config.vocab_size))
-                part = TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B)
+                part = TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B, labels_N=batch.labels_B)
                 if scorer:
                     embeddings = embed_images(scorer, pixels).unflatten(0, shape).cpu().numpy()
                     part = part._replace(embeddings_NVE=embeddings)
@@ -212,7 +216,7 @@ def _encode_shards(
 
 
 def store_folder(
-    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, variants: Variants = "centre",
+    dataset: DataSet, vq: AnyImageTokenizer, tokenizer: TextTokenizer, variants: Variants = "centre",
     scorer: CLIP | None = None,
 ) -> Path:  # fmt: skip
     """Where the store of these is kept unless it is asked for elsewhere."""
@@ -222,7 +226,7 @@ def store_folder(
 
 
 def ensure_store(
-    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], *,
+    dataset: DataSet, vq: AnyImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], *,
     scorer: CLIP | None = None, variants: Variants = "centre", n_workers: int = 0,
 ) -> TokenStore:  # fmt: skip
     """The store of these beside the data set, up to date: what it lacks is encoded by the first process.

@@ -19,7 +19,17 @@ from vqt2i.generation.captions import reversed_share_of
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.find import find_scorer
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, Positions, TextCondition, gpt_loss
+from vqt2i.gpt import (
+    GPT,
+    ConditionConfig,
+    GPTConfig,
+    LabelCondition,
+    LayoutConfig,
+    LossWeights,
+    Positions,
+    TextCondition,
+    gpt_loss,
+)
 from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
@@ -33,6 +43,7 @@ from vqt2i.training.conditions import (
     TrainedCondition,
     measure_shift,
     model_condition,
+    require_labels,
     require_own_tokenizer,
 )
 from vqt2i.training.encode import ensure_store
@@ -56,7 +67,7 @@ from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, valued_by_first_rank, wants_cpu_adam
 from vqt2i.training.throughput import SampleWork
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 
 class GPTTrainingConfig(Config):
@@ -100,10 +111,11 @@ class GPTRunConfig(Config):
     """`configs/gpt/NAME.yaml`.
 
     text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
-        folder, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are yet to be trained
-        (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the images once,
-        "images" at every step. padding: as in `LayoutConfig`. bpe_dropout: probability that a merge of the text
-        tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1, arXiv 2102.12092, §2.2).
+        folder that is no palette, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are
+        yet to be trained (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes
+        the images once, "images" at every step. padding: as in `LayoutConfig`. bpe_dropout: probability that a merge of
+        the text tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1, arXiv 2102.12092,
+        §2.2).
     condition: what is read before an image. Without texts in it nothing else is said of texts: `text_tokenizer` is the
         scorer's, and `text_length`, `padding`, `bpe_dropout` stay as they are.
     """
@@ -144,17 +156,20 @@ class GPTRunConfig(Config):
         return self
 
     def model(
-        self, sizes: TokenizerSizes, text_tokenizer: str, image_tokenizer: str, scorer: CLIP | None = None
-    ) -> GPTConfig:
-        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer.
+        self, sizes: TokenizerSizes, text_tokenizer: str, image_tokenizer: str, scorer: CLIP | None = None,
+        labels: tuple[str, ...] = (),
+    ) -> GPTConfig:  # fmt: skip
+        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer
+        or classes of these names.
 
         Raises:
-            ConfigError: the configuration was written for tokenizers of other sizes, or for another scorer.
+            ConfigError: the configuration was written for tokenizers of other sizes, for another scorer or number of
+                classes.
         """
         if self.sizes not in (None, sizes):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
-        condition, reads_text = model_condition(self.condition, scorer), self.condition.kind == "text"
+        condition, reads_text = model_condition(self.condition, scorer, labels), self.condition.kind == "text"
         text = {"n_text_ids": sizes.n_text_ids, "text_length": self.text_length, "padding": self.padding}
         image = sizes.model_dump(exclude={"n_text_ids"})
         return GPTConfig(
@@ -168,7 +183,7 @@ class GPTRunConfig(Config):
         )
 
 
-def tokenizer_sizes(text: TextTokenizer, image: ImageTokenizer) -> TokenizerSizes:
+def tokenizer_sizes(text: TextTokenizer, image: AnyImageTokenizer) -> TokenizerSizes:
     """The sizes of trained tokenizers; images are square."""
     config = image.config
     return TokenizerSizes(
@@ -187,7 +202,7 @@ class GPTModule(L.LightningModule):
     def __init__(
         self,
         gpt: GPT,
-        vq: ImageTokenizer,
+        vq: AnyImageTokenizer,
         config: GPTTrainingConfig,
         max_steps: int,
         sampling: SamplingConfig,
@@ -201,7 +216,7 @@ class GPTModule(L.LightningModule):
         self._frozen = (vq.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
 
     @property
-    def vq(self) -> ImageTokenizer:
+    def vq(self) -> AnyImageTokenizer:
         return self._frozen[0].to(self.device)
 
     def configure_optimizers(self) -> Any:
@@ -286,8 +301,11 @@ class GPTModule(L.LightningModule):
         return rearrange(rows, "row b c h w -> c (row h) (b w)")
 
 
-def example_prompts(split: Split, n: int = 4) -> list[str]:
-    """Captions of the first samples of a split, a language each in turn: what `generate` draws without a prompt."""
+def example_prompts(condition: ConditionConfig, split: Split, n: int = 4) -> list[str]:
+    """What `generate` draws without a prompt: the first classes, or else captions of the first samples of a split, a
+    language each in turn."""
+    if isinstance(condition, LabelCondition):
+        return list(condition.names[:n])
     prompts = []
     for index in range(min(n, len(split))):
         captions = list(split.captions(index).values())
@@ -297,7 +315,7 @@ def example_prompts(split: Split, n: int = 4) -> list[str]:
 
 
 def train_gpt(
-    config: GPTRunConfig, vq_folder: Path, vq: ImageTokenizer, runs: Path, *, resume: Resume, deepspeed: bool | Path
+    config: GPTRunConfig, vq_folder: Path, vq: AnyImageTokenizer, runs: Path, *, resume: Resume, deepspeed: bool | Path
 ) -> Path:
     """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)
@@ -309,7 +327,8 @@ def train_gpt(
     if isinstance(config.condition, EmbeddingCondition):
         scorer_folder, scorer = find_scorer(config.condition.scorer, runs)
         require_own_tokenizer(scorer, tokenizer, scorer_folder)
-    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer)
+    labels = require_labels(dataset) if config.condition.kind == "label" else ()
+    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer, labels)
     base, started = None, {}
     if config.training.start_from is not None:
         base = find_base(config.training.start_from)
@@ -336,13 +355,13 @@ def train_gpt(
         samples = [TokenSamples(store.split(split), seed, tokenizer, config.bpe_dropout) for split in splits]
     else:
         samples = [
-            replace(source, bpe_dropout=config.bpe_dropout)
+            replace(source, bpe_dropout=config.bpe_dropout, labels=labels)
             for source in image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
         ]
     with valued_by_first_rank(ds_json):
         if base is None:
             gpt = GPT(gpt_config)
-            gpt.start_from_codes(vq.quantizer.codes())
+            gpt.start_from_codes(vq.codes())
         else:
             gpt = load_base(base, gpt_config)
         freeze(gpt, config.training.frozen)
@@ -370,7 +389,7 @@ def train_gpt(
             **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),
             **started,
             sampling=config.sampling.model_dump(),
-            example_prompts=example_prompts(dataset.split(config.data.validation_split)),
+            example_prompts=example_prompts(gpt_config.condition, dataset.split(config.data.validation_split)),
         ),
         runs=runs,
         name=config.name,
