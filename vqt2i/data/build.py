@@ -168,10 +168,14 @@ def _check_captions(item: Item, config: BuildConfig) -> tuple[dict[str, tuple[st
 
 
 def _check_label(item: Item) -> str:
-    label = " ".join((item.label or "").split())
-    if not label:
+    """The name of the class, cleaned as a caption is, in one line."""
+    try:
+        lines = clean_captions(item.label or "").captions
+    except RefusedError as refused:
+        raise RefusedError(refused.reason.replace("caption", "class"), refused.detail) from None
+    if not lines:
         raise RefusedError("missing class")
-    return clean_captions(label).captions[0]
+    return " ".join(lines)
 
 
 def _distinct(samples: Iterator[_Sample], config: BuildConfig, report: Report) -> Iterator[_Sample]:
