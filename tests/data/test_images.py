@@ -50,7 +50,9 @@ def test_other_images_are_cropped_at_the_centre(height: int, width: int) -> None
         assert (found[edge:-edge, edge:-edge] == 200).all() and found.min() > 100
 
 
-@pytest.mark.parametrize(("variants", "n"), [("centre", 1), ("flip", 2), ("five-crop", 5), ("ten-crop", 10)])
+@pytest.mark.parametrize(
+    ("variants", "n"), [("centre", 1), ("flip", 2), ("five-crop", 5), ("ten-crop", 10), ("quarters", 5)]
+)
 def test_the_first_variant_is_the_plain_picture_and_all_differ(variants: str, n: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     made = [fit_variant(image, 32, variants, index) for index in range(n_variants(variants))]
@@ -59,6 +61,13 @@ def test_the_first_variant_is_the_plain_picture_and_all_differ(variants: str, n:
     if variants in ("flip", "ten-crop"):
         for picture, mirrored in zip(made[: n // 2], made[n // 2 :], strict=True):
             assert np.array_equal(picture[:, ::-1], mirrored)
+
+
+def test_quarters_of_a_picture_of_twice_the_size_are_its_own_pixels() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    quarters = [image[:32, :32], image[:32, 32:], image[32:, :32], image[32:, 32:]]
+    for index, quarter in enumerate(quarters, 1):
+        assert np.array_equal(fit_variant(image, 32, "quarters", index), quarter)
 
 
 def test_corner_crops_hold_their_corner_of_the_square_and_lose_the_opposite_one() -> None:

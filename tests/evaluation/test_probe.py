@@ -12,11 +12,21 @@ from vqt2i.cli import main
 from vqt2i.data.images import to_uint8
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, write_dataset
-from vqt2i.errors import DataError
+from vqt2i.errors import ConfigError, DataError
 from vqt2i.evaluation.probe import ProbeConfig, ProbeResult, layer_features, probe
 from vqt2i.generation import TextToImage
 from vqt2i.generation.parts import PipelineConfig
-from vqt2i.gpt import GPT, GPTConfig, LabelCondition, LayoutConfig, LossWeights, VectorCondition, Vectors, gpt_loss
+from vqt2i.gpt import (
+    GPT,
+    GPTConfig,
+    LabelCondition,
+    LayoutConfig,
+    LossWeights,
+    LowResolutionCondition,
+    VectorCondition,
+    Vectors,
+    gpt_loss,
+)
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.vq import PaletteConfig, PaletteTokenizer
 
@@ -158,6 +168,13 @@ def test_data_that_cannot_be_probed_is_told(pipeline: TextToImage, tiny_dataset:
         probe(pipeline, dataset, ProbeConfig())
     with pytest.raises(DataError, match="no split 'test'; it has train, val"):
         probe(pipeline, dataset, ProbeConfig(validation_split="test"))
+
+
+def test_a_gpt_of_smaller_pictures_is_refused(pipeline: TextToImage, patterns: DataSet, make_gpt) -> None:
+    sizes = {"n_text_ids": 10, "text_length": 5, "grid_height": 4, "grid_width": 4}
+    upscaler = make_gpt(condition=LowResolutionCondition(), **sizes)
+    with pytest.raises(ConfigError, match="this GPT draws from smaller pictures"):
+        probe(TextToImage(None, pipeline.vq, upscaler, None, PipelineConfig()), patterns, ProbeConfig())
 
 
 def test_the_tool_prints_every_layer_and_writes_the_numbers(

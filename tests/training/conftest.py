@@ -13,6 +13,7 @@ from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.training.clip import CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTRunConfig, train_gpt
+from vqt2i.training.prior import PriorRunConfig, train_prior
 from vqt2i.training.start import Resume
 from vqt2i.training.vqgan import VQGANRunConfig, train_vqgan
 from vqt2i.vq import load_image_tokenizer
@@ -56,6 +57,9 @@ def overrides(tiny_dataset: DataSet, model_folders: Path) -> dict[str, list[str]
             *every, text, f"training.optimizer={OPTIMIZER}", f"vision={TRANSFORMER}", f"text={TRANSFORMER}",
             "text_length=12", "image_size_px=16", "embedding_width=16",
         ],
+        "prior": [
+            *every, text, f"training.optimizer={OPTIMIZER}", f"scorer={model_folders / 'clip'}", "hidden_width=24",
+        ],
     }  # fmt: skip
 
 
@@ -71,6 +75,8 @@ def train(overrides: dict[str, list[str]], tmp_path: Path) -> Callable[..., Path
             return train_vqgan(load_config(VQGANRunConfig, None, values), runs, resume=resume)
         if stage == "clip":
             return train_clip(load_config(CLIPRunConfig, None, values), runs, resume=resume)
+        if stage == "prior":
+            return train_prior(load_config(PriorRunConfig, None, values), runs, resume=resume)
         config = load_config(GPTRunConfig, None, values)
         vq = load_image_tokenizer(config.image_tokenizer)
         return train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=deepspeed)

@@ -122,6 +122,19 @@ def test_a_trained_run_opens_as_a_pipeline_with_its_own_prompts_and_sampling(
     assert len(pipeline.generate(["a red square"], n=2, rerank=3)) == 2
 
 
+def test_bare_texts_and_a_head_with_a_norm_train_go_on_and_are_drawn_from(train, weights, tmp_path: Path) -> None:
+    kind = ("padding=bare", "head={norm: true, bias: true}", "positions=learned", "training.reversed_share=0")
+    folder = train("gpt", "name=bare", "trainer.max_steps=2", *kind)
+    more = train("gpt", "name=more", "trainer.max_steps=1", f"training.start_from={folder}", *kind)
+    before, after = weights(folder), weights(more)
+    assert before.keys() == after.keys() >= {"head.norm.weight", "head.bias"}
+    assert not torch.equal(before["head.bias"], after["head.bias"])
+    drawn = open_pipeline(str(folder), tmp_path / "runs", "cpu").generate(["a red square"], n=2)
+    assert len(drawn) == 2
+    with pytest.raises(ConfigError, match="padding bare has no order image → text"):
+        train("gpt", *kind, "training.reversed_share=0.1")
+
+
 def test_example_prompts_take_the_languages_in_turn(tiny_dataset: DataSet) -> None:
     prompts, split = example_prompts(tiny_dataset.split("val"), 3), tiny_dataset.split("val")
     assert prompts == [split.captions(0)["en"][0], split.captions(1)["zh"][0], split.captions(2)["en"][0]]

@@ -5,7 +5,7 @@ import random
 from base64 import b64encode
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -111,15 +111,11 @@ class Report:
         heading = f"Data set {name}"
         facts = f"fingerprint {spec.fingerprint[:16]} · source: {spec.source.get('kind', 'unknown')}"
         text = [heading, facts]
-        text += [_section_text(section) for section in sections]
+        text += [section_text(section) for section in sections]
         write_atomic(self.folder / "report.txt", _utf8("\n".join(text) + "\n"))
-        html = [f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(heading)}</title>"]
-        html += [f"<style>{CSS}</style>"]
-        html += [f"<h1>{escape(heading)}</h1><p>{escape(facts)}</p><main>"]
-        html += [section_html(section) for section in sections]
-        html += ["</main>"]
-        html += [_sheet_html(split, self._n_samples[split], sheet) for split, sheet in self._sheets.items()]
-        write_atomic(self.folder / "report.html", _utf8("\n".join(html) + "\n</html>\n"))
+        body = ["<main>", *map(section_html, sections), "</main>"]
+        body += [_sheet_html(split, self._n_samples[split], sheet) for split, sheet in self._sheets.items()]
+        write_atomic(self.folder / "report.html", _utf8(page_html(heading, facts, body)))
 
     def _sections(self, spec: DataSpec) -> Iterator[Section]:
         counts = [(name, split.n_samples, len(split.shards)) for name, split in spec.splits.items()]
@@ -200,7 +196,8 @@ def _histogram(title: str, unit: str, lengths: Counter[int]) -> Section:
     return Section(title, (unit, "captions"), rows, bars=True)
 
 
-def _section_text(section: Section) -> str:
+def section_text(section: Section) -> str:
+    """The table in letters of one width."""
     cells = [section.columns, *([_cell(value) for value in row] for row in section.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     most = max((row[-1] for row in section.rows), default=0) if section.bars else 0
@@ -211,6 +208,14 @@ def _section_text(section: Section) -> str:
             line += "  " + "#" * round(40 * section.rows[i - 1][-1] / most)
         lines.append(f"  {line}".rstrip())
     return "\n".join(lines)
+
+
+def page_html(title: str, facts: str, body: Iterable[str], css: str = "") -> str:
+    """A page that needs no file beside it. facts: a line below the title. css: beside that of all pages."""
+    head = f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(title)}</title>"
+    return "\n".join([
+        head, f"<style>{CSS}{css}</style>", f"<h1>{escape(title)}</h1><p>{escape(facts)}</p>", *body, "</html>\n",
+    ])  # fmt: skip
 
 
 def section_html(section: Section) -> str:

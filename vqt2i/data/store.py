@@ -2,6 +2,8 @@
 
 store.json                fingerprints of both tokenizers, grid, variants, the shards that each split was made of
 SPLIT.image_ids.npy       (samples, variants, grid height, grid width), codes from 0
+SPLIT.low_ids.npy         (samples, variants, grid height / 2, grid width / 2), codes of the images at half their size,
+                          where these were asked for; the images have twice the image tokenizer's size then
 SPLIT.embeddings.npy      (samples, variants, width), float32: of the images, where a scorer was asked for them
 SPLIT.labels.npy          (samples,) the number of each sample's class, of a data set of classes
 SPLIT.text_ids.npy        all captions one after the other, whole (a reader truncates)
@@ -17,6 +19,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,13 +35,16 @@ from vqt2i.files import write_atomic
 
 SPEC_NAME = "store.json"
 _ARRAYS = ("image_ids", "text_ids", "text_starts", "caption_starts")
-EMBEDDINGS, LABELS = "embeddings", "labels"  # kept where there are any
+# arrays that only some stores have, and where a part has them
+LOW_IDS, EMBEDDINGS, LABELS = "low_ids", "embeddings", "labels"
+_FIELDS = {LOW_IDS: "low_ids_NVHW", EMBEDDINGS: "embeddings_NVE", LABELS: "labels_N"}
 
 
 class StoreSpec(Config):
     """What `store.json` says; `image_tokenizer`, `text_tokenizer` and `scorer` are fingerprints.
 
     scorer, embedding_width: of what made the embeddings, where there are any.
+    low_resolution: whether the codes of the images at half their size are there.
     languages: of the data set; they decide which captions a sample has. labels: names of its classes, if it has any.
     splits: as in `data.json`; the shards' hashes say what was encoded.
     """
@@ -48,6 +54,7 @@ class StoreSpec(Config):
     text_tokenizer: str
     scorer: str | None = None
     embedding_width: NonNegativeInt = 0
+    low_resolution: bool = False
     languages: tuple[str, ...]
     labels: tuple[str, ...] = ()
     variants: Variants
@@ -61,9 +68,12 @@ class StoreSpec(Config):
         return n_variants(self.variants), self.grid_height, self.grid_width
 
     @property
-    def extras(self) -> tuple[str, ...]:
-        """Which arrays there are besides those of every store."""
-        return (*([EMBEDDINGS] if self.scorer else []), *([LABELS] if self.labels else []))
+    def optional_arrays(self) -> dict[str, tuple[int, ...]]:
+        """Those that only some stores have: what each holds of one sample."""
+        n, height, width = self.image_shape
+        low = {LOW_IDS: (n, height // 2, width // 2)} if self.low_resolution else {}
+        embeddings = {EMBEDDINGS: (n, self.embedding_width)} if self.embedding_width else {}
+        return low | embeddings | ({LABELS: ()} if self.labels else {})
 
     @property
     def shards(self) -> dict[str, tuple[str, int, int]]:
@@ -85,6 +95,7 @@ class TokenPart(NamedTuple):
     text_lengths: np.ndarray  # of each caption
     n_captions_N: np.ndarray
     embeddings_NVE: np.ndarray = np.zeros((0, 0, 0), np.float32)
+    low_ids_NVHW: np.ndarray = np.zeros((0, 0, 0, 0), np.uint16)
     labels_N: np.ndarray = np.zeros(0, np.int64)
 
 
@@ -112,25 +123,25 @@ def load_part(path: Path) -> TokenPart:
 class TokenSplit:
     """One split, read by whole batches. Pickled as its path: a worker process maps the files itself."""
 
-    def __init__(self, folder: Path, name: str, n_samples: int, extras: tuple[str, ...] = ()) -> None:
-        self._arguments = (folder, name, n_samples, extras)
+    def __init__(self, folder: Path, name: str, n_samples: int, *, optional: tuple[str, ...] = ()) -> None:
+        self._arguments = (folder, name, n_samples, optional)
         try:
             # plain views: indexing np.memmap itself takes several times as long
-            arrays = {
-                array: np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r"))
-                for array in (*_ARRAYS, *extras)
-            }
+            arrays = [
+                np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r")) for array in (*_ARRAYS, *optional)
+            ]
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{folder}: damaged token store ({error}); remove it and encode again") from None
-        self._image_ids, self._text_ids, self._text_starts, self._caption_starts = (arrays[key] for key in _ARRAYS)
-        self._embeddings, self._labels = arrays.get(EMBEDDINGS), arrays.get(LABELS)
-        per_sample = [self._image_ids, self._caption_starts[1:], *(arrays[key] for key in extras)]
-        if any(len(array) != n_samples for array in per_sample):
+        self._image_ids, self._text_ids, self._text_starts, self._caption_starts = arrays[:4]
+        self._optional = dict(zip(optional, arrays[4:], strict=True))
+        lengths = {len(self._image_ids), len(self._caption_starts) - 1, *map(len, self._optional.values())}
+        if lengths != {n_samples}:
             raise DataError(f"{folder}: '{name}' holds {len(self._image_ids)} samples, {SPEC_NAME} says {n_samples}; "
                             "remove it and encode again")  # fmt: skip
 
     def __reduce__(self) -> tuple:
-        return TokenSplit, self._arguments
+        *place, optional = self._arguments
+        return partial(TokenSplit, optional=optional), tuple(place)
 
     def __len__(self) -> int:
         return len(self._image_ids)
@@ -143,13 +154,20 @@ class TokenSplit:
         """Codes of one variant of each sample, int64 (B, H, W)."""
         return self._image_ids[index_B, variant_B].astype(np.int64)
 
+    def low_ids(self, index_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray | None:
+        """Codes of one variant of each sample at half its size, int64 (B, H / 2, W / 2), where the store has them."""
+        low = self._optional.get(LOW_IDS)
+        return None if low is None else low[index_B, variant_B].astype(np.int64)
+
     def embeddings(self, index_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray | None:
         """The scorer's embedding of one variant of each sample, float32 (B, E), where the store has them."""
-        return None if self._embeddings is None else self._embeddings[index_B, variant_B]
+        embeddings = self._optional.get(EMBEDDINGS)
+        return None if embeddings is None else embeddings[index_B, variant_B]
 
     def labels(self, index_B: np.ndarray) -> np.ndarray | None:
         """The number of each sample's class, int64 (B,), where the store has them."""
-        return None if self._labels is None else self._labels[index_B]
+        labels = self._optional.get(LABELS)
+        return None if labels is None else labels[index_B]
 
     def texts(self, index_B: np.ndarray, draw_B: np.ndarray, text_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each sample the caption that `draw_B` in [0, 1) falls on, of all languages; none where it has none.
@@ -182,9 +200,8 @@ class TokenSplit:
         texts = self._text_starts[captions[0] : captions[-1] + 1]
         text_ids = self._text_ids[texts[0] : texts[-1]]
         part = TokenPart(self._image_ids[first:behind], text_ids, np.diff(texts), np.diff(captions))
-        if self._embeddings is not None:
-            part = part._replace(embeddings_NVE=self._embeddings[first:behind])
-        return part if self._labels is None else part._replace(labels_N=self._labels[first:behind])
+        more = {_FIELDS[name]: array[first:behind] for name, array in self._optional.items()}
+        return part._replace(**more)
 
 
 class TokenStore:
@@ -207,7 +224,9 @@ class TokenStore:
     def split(self, name: str) -> TokenSplit:
         if name not in self.spec.splits:
             raise DataError(f"{self.folder}: no split '{name}'; it has {', '.join(self.spec.splits)}")
-        return TokenSplit(self.folder, name, self.spec.splits[name].n_samples, self.spec.extras)
+        return TokenSplit(
+            self.folder, name, self.spec.splits[name].n_samples, optional=tuple(self.spec.optional_arrays)
+        )
 
 
 def image_id_dtype(n_image_ids: int) -> type[np.integer]:
@@ -216,29 +235,27 @@ def image_id_dtype(n_image_ids: int) -> type[np.integer]:
 
 
 def write_split(folder: Path, name: str, parts: Iterable[TokenPart], image_shape: tuple[int, int, int],
-                dtype: type[np.integer], embedding_width: int = 0, *, labelled: bool = False) -> None:  # fmt: skip
-    """Write the arrays of one split, holding one part at a time. `image_shape`: as in `StoreSpec`."""
+                dtype: type[np.integer], optional: dict[str, tuple[int, ...]] | None = None) -> None:  # fmt: skip
+    """Write the arrays of one split, holding one part at a time. `image_shape`, `optional`: as in `StoreSpec`."""
     starts = (np.int64, ())
     kinds = dict(zip(_ARRAYS, ((dtype, image_shape), (np.int32, ()), starts, starts), strict=True))
-    if embedding_width:
-        kinds[EMBEDDINGS] = (np.float32, (image_shape[0], embedding_width))
-    if labelled:
-        kinds[LABELS] = (np.int64, ())
-    arrays = {array: _GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in kinds.items()}
+    optional, dtypes = optional or {}, {LOW_IDS: dtype, EMBEDDINGS: np.float32, LABELS: np.int64}
+    kinds |= {array: (dtypes[array], shape) for array, shape in optional.items()}
+    arrays = [_GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in kinds.items()]
+    image_ids, text_ids, text_starts, caption_starts = arrays[:4]
     n_ids = n_captions = 0
-    arrays["text_starts"].append(np.zeros(1))
-    arrays["caption_starts"].append(np.zeros(1))
+    text_starts.append(np.zeros(1))
+    caption_starts.append(np.zeros(1))
     for part in parts:
-        rows = {
-            "image_ids": part.image_ids_NVHW, EMBEDDINGS: part.embeddings_NVE, LABELS: part.labels_N,
-            "text_ids": part.text_ids, "text_starts": n_ids + np.cumsum(part.text_lengths),
-            "caption_starts": n_captions + np.cumsum(part.n_captions_N),
-        }  # fmt: skip
-        for array, file in arrays.items():
-            file.append(rows[array])
+        image_ids.append(part.image_ids_NVHW)
+        for array, more in zip(optional, arrays[4:], strict=True):
+            more.append(getattr(part, _FIELDS[array]))
+        text_ids.append(part.text_ids)
+        text_starts.append(n_ids + np.cumsum(part.text_lengths))
+        caption_starts.append(n_captions + np.cumsum(part.n_captions_N))
         n_ids, n_captions = n_ids + len(part.text_ids), n_captions + len(part.text_lengths)
-    for file in arrays.values():
-        file.close()
+    for array in arrays:
+        array.close()
 
 
 class _GrowingArray:

@@ -24,10 +24,9 @@ from torch import Tensor
 from vqt2i.config import Config
 from vqt2i.data.images import fit_square, to_tensor
 from vqt2i.data.shards import DataSet
-from vqt2i.errors import DataError
+from vqt2i.errors import ConfigError, DataError
 from vqt2i.generation import TextToImage
-from vqt2i.generation.reading import reads_embeddings
-from vqt2i.gpt import GPT, Vectors
+from vqt2i.gpt import GPT, VectorCondition, Vectors
 
 _AT_ONCE = 32
 
@@ -83,7 +82,10 @@ def probe(
 
     Raises:
         DataError: no classes, a split that is not there, or training images of one class only.
+        ConfigError: a GPT for super-resolution, which reads no image by itself.
     """
+    if pipeline.gpt.layout.is_upscaling:
+        raise ConfigError("probe: this GPT draws from smaller pictures; expected one that draws from prompts")
     if not dataset.labels:
         raise DataError(f"{dataset.folder}: its samples have no classes, which a probe tells; make a data set of "
                         "classes (tools/make_dataset.py ... --labels)")  # fmt: skip
@@ -118,7 +120,8 @@ def probe(
 @torch.inference_mode()
 def layer_features(gpt: GPT, ids_NI: Tensor) -> list[Tensor]:
     """Features of images by their ids: of each of L + 1 layers (N, D), on the CPU."""
-    null = gpt.reader.null(Vectors(gpt.config.condition.n_vectors) if reads_embeddings(gpt) else ())
+    condition = gpt.config.condition
+    null = gpt.reader.null(Vectors(condition.n_vectors) if isinstance(condition, VectorCondition) else ())
     norms = [*(block.attention_norm for block in gpt.transformer.blocks), gpt.transformer.norm]
     features: list[list[Tensor]] = [[] for _ in norms]
     n_image = ids_NI.shape[1]

@@ -56,7 +56,7 @@ def decoding_needs(
     element = gpt.embedding.weight.element_size()
     kept = FP32 if gpt.device.type == "cpu" else element  # as in Branches
     n = gpt.layout.image_length
-    prefix = gpt.layout.prefix_length if text_length is None else 3 + text_length
+    prefix = gpt.layout.prefix_length if text_length is None or layout.padding != "masked" else 3 + text_length
     guided = sampling.guided_tokens(n)
     branches = 1 + bool(guided) + mixed
     position = 2 * config.n_layers * config.width * kept
@@ -72,7 +72,10 @@ def decoding_needs(
         catching_up = guided.start * max(scores + 5 * config.width * element, _activations(config, element))
         catching_up += branches * layout.n_image_ids * FP32  # the others' logits wait meanwhile
 
-    of_image = branches * (n - 1) * position + prefix * position // count + 3 * n * 8  # ids and random numbers
+    added = branches * (n - 1)
+    if guided and layout.null_condition == "image_first":  # the rows for guidance go on to the text
+        added += gpt.layout.length - 2 - (n - 1)
+    of_image = added * position + prefix * position // count + 3 * n * 8  # ids and random numbers
     # a batch may begin and end within a prompt's candidates; the null condition has a prefix too
     fixed = branches * prefix * position + reading
     return Needs(fixed, of_image + max(stepping, picking, catching_up, reading // count))
@@ -87,8 +90,8 @@ def finishing_needs(vq: AnyImageTokenizer, gpt: GPT, clip: CLIP | None, captione
     if clip is not None:
         vision, text = clip.config.vision, clip.config.text
         element = next(clip.parameters()).element_size()
-        pixels = 2 * 3 * FP32 * clip.config.image_size_px**2
-        per_image = pixels + clip.config.n_patches * _activations(vision, element)
+        pixels = 3 * 3 * FP32 * clip.config.image_size_px**2  # as drawn, as read, in patches
+        per_image = pixels + len(clip.patch_positions) * _activations(vision, element)
         steps.append(Needs((clip.config.text_length + 1) * _activations(text, element), per_image))
     if captioned:
         element = gpt.embedding.weight.element_size()

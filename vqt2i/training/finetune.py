@@ -62,20 +62,31 @@ def find_base(folder: Path) -> Path:
         CheckpointError: there is none.
     """
     for candidate in (folder, folder / "model", folder / "gpt"):
-        if (candidate / CARD).is_file() and read_card(candidate).get("kind") == "gpt":
+        if (candidate / CARD).is_file() and read_card(candidate).get("kind") in ("gpt", "upscaler"):
             return candidate
     raise CheckpointError(f"start_from {folder}: no GPT there; expected its model folder, a run of train_gpt, or a "
                           "pipeline folder")  # fmt: skip
 
 
-def load_base(folder: Path, config: GPTConfig) -> GPT:
-    """The GPT to start from, in training mode.
+def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
+    """The GPT to start from, in training mode. One that draws from texts alone may become one for super-resolution, and
+    the null condition another: no weights depend on it, and what it is to say is trained from here.
+
+    Args:
+        adapted: whether adapters of it alone are to be trained.
 
     Raises:
         ConfigError: it is not what the settings describe; all differences are named.
     """
     gpt = load_model(folder, GPTConfig, GPT)
-    found, wanted = _dotted(gpt.config.model_dump(mode="json")), _dotted(config.model_dump(mode="json"))
+    own = gpt.config
+    becomes_upscaler = config.sequence_layout.is_upscaling and own.sequence_layout.predicts_text
+    if becomes_upscaler and adapted:
+        raise ConfigError(f"training.lora: adapters belong to a GPT that reads what they do, and {folder} reads texts "
+                          "alone; leave lora out")  # fmt: skip
+    layout = own.layout.model_copy(update={"null_condition": config.layout.null_condition})
+    own = own.model_copy(update={"layout": layout} | ({"condition": config.condition} if becomes_upscaler else {}))
+    found, wanted = _dotted(own.model_dump(mode="json")), _dotted(config.model_dump(mode="json"))
     differences = [
         f"{key}: {found.get(key)} there, {wanted.get(key)} here"
         for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)
@@ -84,7 +95,17 @@ def load_base(folder: Path, config: GPTConfig) -> GPT:
         raise ConfigError(f"training.start_from {folder}: another model than the settings describe: "
                           f"{'; '.join(differences)}. Take over its settings and its tokenizers "
                           "(text_tokenizer, --vq)")  # fmt: skip
-    return gpt.train()
+    return (gpt if gpt.config == config else _rebuilt(gpt, config)).train()
+
+
+@torch.no_grad()
+def _rebuilt(gpt: GPT, config: GPTConfig) -> GPT:
+    """The same weights in another GPT; of longer sequences the further rows of tables of positions are random."""
+    other = GPT(config)
+    own = other.state_dict()
+    for name, value in gpt.state_dict().items():
+        own[name][: len(value)] = value
+    return other
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

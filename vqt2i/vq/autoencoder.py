@@ -16,6 +16,7 @@ from vqt2i.vq.dalle import DalleDecoder, DalleEncoder
 from vqt2i.vq.inputs import require_image_ids, require_images
 from vqt2i.vq.logit_laplace import location_of
 from vqt2i.vq.quantizer import build_quantizer
+from vqt2i.vq.strided import StridedDecoder, StridedEncoder
 from vqt2i.vq.taming import TamingDecoder, TamingEncoder
 
 
@@ -121,6 +122,8 @@ class ImageTokenizer(nn.Module):
             self.encoder, self.decoder = TamingEncoder(config), TamingDecoder(config)
         elif config.architecture == "dalle":
             self.encoder, self.decoder = DalleEncoder(config), DalleDecoder(config)
+        elif config.architecture == "strided":
+            self.encoder, self.decoder = StridedEncoder(config), StridedDecoder(config)
         else:
             self.encoder = (PatchEncoder if config.encoder == "patch" else Encoder)(config)
             self.decoder = Decoder(config)
@@ -138,6 +141,11 @@ class ImageTokenizer(nn.Module):
             self._pictures(decoded), decoded, quantized.ids_BHW, quantized.loss, quantized.n_restarted,
             quantized.measures,
         )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     def codes(self) -> Tensor:
         """What each id stands for, (K, D) fp32: ids of like meaning have codes that lie near each other."""

@@ -70,6 +70,11 @@ class PaletteTokenizer(nn.Module):
         self.config = config
         self.register_buffer("colours_K3", torch.zeros(config.n_colours, 3, dtype=torch.uint8))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the colours are."""
+        return self.colours_K3.device
+
     def codes(self) -> Tensor:
         """What each id stands for: its colour in [-1, 1], (K, 3)."""
         return to_tensor(self.colours_K3[None])[:, 0].T

@@ -1,6 +1,15 @@
 """The embedded data set: scenes of a few flat shapes, their captions, and an oracle that reads a picture back."""
 
-from vqt2i.data.shapes.captions import LANGUAGES, Caption, Facts, ObjectFacts, caption_scene, draw_prompts
+from vqt2i.data.shapes.captions import (
+    LANGUAGES,
+    PROMPT_KINDS,
+    Caption,
+    Facts,
+    ObjectFacts,
+    caption_scene,
+    draw_prompts,
+    states_held_out,
+)
 from vqt2i.data.shapes.oracle import ReadObject, ReadScene, Verdict, check, read_scene
 from vqt2i.data.shapes.parse import parse_caption
 from vqt2i.data.shapes.render import SIZES_PX, render
@@ -11,6 +20,7 @@ from vqt2i.data.shapes.style import dip, dipped_pairs, dipped_prompt, shows_dipp
 
 __all__ = [
     "LANGUAGES",
+    "PROMPT_KINDS",
     "SIZES_PX",
     "SPLITS",
     "Caption",
@@ -36,4 +46,5 @@ __all__ = [
     "read_scene",
     "render",
     "shows_dipped",
+    "states_held_out",
 ]
