@@ -31,6 +31,7 @@ VERBS = (
     "compare",
     "gate",
     "diagnose",
+    "probe",
     "make_pipeline",
     "import_checkpoint",
     "benchmark",

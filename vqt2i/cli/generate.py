@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, in any language")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, in any language; of a "
+                        "model of classes, the name of one, of a model of images alone, nothing")  # fmt: skip
     parser.add_argument("--prompts", type=Path, metavar="FILE", dest="file", help="draw each line of a text file, or "
                         "the first column of a .tsv or of a table whose first column is called Prompt")  # fmt: skip
     parser.add_argument("--image", type=Path, action="append", default=[], dest="images", metavar="FILE",

@@ -6,7 +6,7 @@ from base64 import b64encode
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +63,7 @@ class Report:
         self._chars: defaultdict[str, Counter[int]] = defaultdict(Counter)  # language -> length -> captions
         self._words: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self._truncated: Counter[str] = Counter()
+        self._labels: Counter[str] = Counter()
         self._sheets: dict[str, list[Pair]] = {}
         self._n_samples: Counter[str] = Counter()
         self._random = random.Random(0)
@@ -85,6 +86,8 @@ class Report:
     def add(self, split: str, pair: Pair, size_px: tuple[int, int]) -> None:
         """Count a sample that was written; `size_px` is (width, height) before cropping and resizing."""
         self._sizes[size_px] += 1
+        if pair.label is not None:
+            self._labels[pair.label] += 1
         for language, captions in pair.captions.items():
             self._images_with[language] += 1
             for caption in captions:
@@ -99,7 +102,7 @@ class Report:
         sheet = self._sheets.setdefault(split, [])
         place = len(sheet) if len(sheet) < SHEET_SIZE else self._random.randrange(self._n_samples[split] + 1)
         if place < SHEET_SIZE:
-            sheet[place : place + 1] = [Pair(pair.key, _thumbnail(pair.image_HW3), pair.captions)]
+            sheet[place : place + 1] = [replace(pair, image_HW3=_thumbnail(pair.image_HW3), meta={})]
         self._n_samples[split] += 1
 
     def write(self, name: str, spec: DataSpec) -> None:
@@ -130,6 +133,9 @@ class Report:
         if self.notes:
             yield Section("Made to fit", ("what", "count"), self.notes.most_common(), bars=True)
         yield self._size_section(spec)
+        if self._labels:
+            remark = f"{len(self._labels):,} classes"
+            yield Section("Classes", ("class", "pictures"), self._labels.most_common(), bars=True, remark=remark)
         if not self._chars:
             yield Section("Captions", (), [], remark="none: pictures only")
             return
@@ -231,7 +237,8 @@ def _sheet_html(split: str, n: int, sheet: list[Pair]) -> str:
     title = f"{split}: {len(sheet)} of {n:,} samples" if len(sheet) < n else f"{split}: all {n:,} samples"
     html = [f"<h2>{escape(title)}</h2><div class=sheet>"]
     for pair in sheet:
-        text = "".join(_captions_html(language, captions) for language, captions in pair.captions.items())
+        text = "" if pair.label is None else f"<p><b>{escape(pair.label)}</b></p>"
+        text += "".join(_captions_html(language, captions) for language, captions in pair.captions.items())
         key = escape(pair.key)
         html.append(f'<figure><img alt="{key}" title="{key}" src="{data_uri(pair.image_HW3)}">')
         html.append(f"<figcaption>{text}</figcaption></figure>")

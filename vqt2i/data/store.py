@@ -5,6 +5,7 @@ SPLIT.image_ids.npy       (samples, variants, grid height, grid width), codes fr
 SPLIT.low_ids.npy         (samples, variants, grid height / 2, grid width / 2), codes of the images at half their size,
                           where these were asked for; the images have twice the image tokenizer's size then
 SPLIT.embeddings.npy      (samples, variants, width), float32: of the images, where a scorer was asked for them
+SPLIT.labels.npy          (samples,) the number of each sample's class, of a data set of classes
 SPLIT.text_ids.npy        all captions one after the other, whole (a reader truncates)
 SPLIT.text_starts.npy     (captions + 1,) where each caption starts in text_ids; the last number is where they end
 SPLIT.caption_starts.npy  (samples + 1,) where each sample's captions start in text_starts; likewise
@@ -35,8 +36,8 @@ from vqt2i.files import write_atomic
 SPEC_NAME = "store.json"
 _ARRAYS = ("image_ids", "text_ids", "text_starts", "caption_starts")
 # arrays that only some stores have, and where a part has them
-LOW_IDS, EMBEDDINGS = "low_ids", "embeddings"
-_FIELDS = {LOW_IDS: "low_ids_NVHW", EMBEDDINGS: "embeddings_NVE"}
+LOW_IDS, EMBEDDINGS, LABELS = "low_ids", "embeddings", "labels"
+_FIELDS = {LOW_IDS: "low_ids_NVHW", EMBEDDINGS: "embeddings_NVE", LABELS: "labels_N"}
 
 
 class StoreSpec(Config):
@@ -44,7 +45,7 @@ class StoreSpec(Config):
 
     scorer, embedding_width: of what made the embeddings, where there are any.
     low_resolution: whether the codes of the images at half their size are there.
-    languages: of the data set; they decide which captions a sample has.
+    languages: of the data set; they decide which captions a sample has. labels: names of its classes, if it has any.
     splits: as in `data.json`; the shards' hashes say what was encoded.
     """
 
@@ -55,6 +56,7 @@ class StoreSpec(Config):
     embedding_width: NonNegativeInt = 0
     low_resolution: bool = False
     languages: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     variants: Variants
     grid_height: PositiveInt
     grid_width: PositiveInt
@@ -70,7 +72,8 @@ class StoreSpec(Config):
         """Those that only some stores have: what each holds of one sample."""
         n, height, width = self.image_shape
         low = {LOW_IDS: (n, height // 2, width // 2)} if self.low_resolution else {}
-        return low | ({EMBEDDINGS: (n, self.embedding_width)} if self.embedding_width else {})
+        embeddings = {EMBEDDINGS: (n, self.embedding_width)} if self.embedding_width else {}
+        return low | embeddings | ({LABELS: ()} if self.labels else {})
 
     @property
     def shards(self) -> dict[str, tuple[str, int, int]]:
@@ -93,6 +96,7 @@ class TokenPart(NamedTuple):
     n_captions_N: np.ndarray
     embeddings_NVE: np.ndarray = np.zeros((0, 0, 0), np.float32)
     low_ids_NVHW: np.ndarray = np.zeros((0, 0, 0, 0), np.uint16)
+    labels_N: np.ndarray = np.zeros(0, np.int64)
 
 
 def save_part(path: Path, part: TokenPart) -> None:
@@ -159,6 +163,11 @@ class TokenSplit:
         """The scorer's embedding of one variant of each sample, float32 (B, E), where the store has them."""
         embeddings = self._optional.get(EMBEDDINGS)
         return None if embeddings is None else embeddings[index_B, variant_B]
+
+    def labels(self, index_B: np.ndarray) -> np.ndarray | None:
+        """The number of each sample's class, int64 (B,), where the store has them."""
+        labels = self._optional.get(LABELS)
+        return None if labels is None else labels[index_B]
 
     def texts(self, index_B: np.ndarray, draw_B: np.ndarray, text_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each sample the caption that `draw_B` in [0, 1) falls on, of all languages; none where it has none.
@@ -230,8 +239,8 @@ def write_split(folder: Path, name: str, parts: Iterable[TokenPart], image_shape
     """Write the arrays of one split, holding one part at a time. `image_shape`, `optional`: as in `StoreSpec`."""
     starts = (np.int64, ())
     kinds = dict(zip(_ARRAYS, ((dtype, image_shape), (np.int32, ()), starts, starts), strict=True))
-    optional = optional or {}
-    kinds |= {array: (dtype if array == LOW_IDS else np.float32, shape) for array, shape in optional.items()}
+    optional, dtypes = optional or {}, {LOW_IDS: dtype, EMBEDDINGS: np.float32, LABELS: np.int64}
+    kinds |= {array: (dtypes[array], shape) for array, shape in optional.items()}
     arrays = [_GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in kinds.items()]
     image_ids, text_ids, text_starts, caption_starts = arrays[:4]
     n_ids = n_captions = 0

@@ -162,7 +162,8 @@ def diagnose(
     )
     reconstruction = _decode(pipeline, val.ids_BHW)
     decibel = float(psnr(val.image_B3HW, reconstruction).mean())
-    patch_decibel = float(psnr(val.image_B3HW, _patch_means(val.image_B3HW, pipeline.vq.config.downsample)).mean())
+    patch_px = max(2, pipeline.vq.config.downsample)  # of a palette, whose patches are pixels, four of them
+    patch_decibel = float(psnr(val.image_B3HW, _patch_means(val.image_B3HW, patch_px)).mean())
     tell("GPT")
     own, likeliest_BI = _teacher_forced(gpt, val.ids_BHW, val.texts)
     shuffled, _ = _teacher_forced(gpt, val.ids_BHW, _others(val))

@@ -21,7 +21,7 @@ from vqt2i.generation.parts import load_scorer
 from vqt2i.generation.rerank import caption_scores
 from vqt2i.gpt import GPT
 from vqt2i.text import TextTokenizer
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Judge:
     clip: CLIP | None
     clip_text: TextTokenizer | None
     gpt: GPT | None = None
-    vq: ImageTokenizer | None = None
+    vq: AnyImageTokenizer | None = None
 
     @classmethod
     def of(cls, pipeline: TextToImage) -> "Judge":
@@ -60,7 +60,7 @@ class Judge:
         """log p(text | picture) per token in nats, (B,): of the pictures' own ids, as `vq` reads them."""
         size_px = self.vq.config.image_size_px
         image_B3HW = to_tensor(np.stack([fit_square(image_HW3, size_px) for image_HW3 in image_BHW3]))
-        ids_BHW = self.vq.encode(image_B3HW.to(_device(self.vq)))
+        ids_BHW = self.vq.encode(image_B3HW.to(self.vq.device))
         return caption_scores(self.gpt, ids_BHW, [self.text.encode(text)] * len(ids_BHW))
 
 

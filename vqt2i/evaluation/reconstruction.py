@@ -14,7 +14,7 @@ from vqt2i.data.shards import Split
 from vqt2i.evaluation.features import Extractor, Features, estimate_distances
 from vqt2i.evaluation.result import Row
 from vqt2i.evaluation.statistics import bootstrap_mean
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 from vqt2i.vq.lpips import LPIPS
 from vqt2i.vq.metrics import CodebookCounter, psnr, ssim
 
@@ -39,7 +39,7 @@ def batches_of(split: Split, n: int, size_px: int) -> Iterator[np.ndarray]:
 
 @torch.inference_mode()
 def measure_reconstruction(
-    vq: ImageTokenizer,
+    vq: AnyImageTokenizer,
     batches: Iterator[np.ndarray],
     extractor: Extractor | None,
     lpips: LPIPS | None,
@@ -50,7 +50,7 @@ def measure_reconstruction(
     Raises:
         DataError: the pictures are too small for SSIM, or too few for the distances.
     """
-    device = next(vq.parameters()).device
+    device = vq.device
     codes, values = CodebookCounter(vq.config.vocab_size), {"psnr": [], "ssim": [], **({"lpips": []} if lpips else {})}
     measures = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
     kept, features = [], []

@@ -60,7 +60,7 @@ def measure_upscaling(
     ]
     drawn = pipeline.upscale(given, sampling=sampling, seed=seed, on_progress=on_progress)
     drawn_ids = torch.from_numpy(np.stack([sample.image_ids_HW for sample in drawn]))
-    cells = small_ids.unflatten(2, (-1, pipeline.vq.config.quantizer.ids_per_cell))
+    cells = small_ids.unflatten(2, (-1, pipeline.vq.config.ids_per_cell))
     repeated_ids = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(2)
     facts = [parse_caption(caption) for caption in captions]
     rows = []

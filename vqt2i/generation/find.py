@@ -17,7 +17,7 @@ from vqt2i.generation.reading import reads_embeddings
 from vqt2i.generation.upscale import require_upscaler
 from vqt2i.runtime import say
 from vqt2i.text import holds_tokenizer
-from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+from vqt2i.vq import AnyImageTokenizer, load_image_tokenizer
 
 Kind = Literal["gpt", "upscaler"]  # that cards name; what draws from prompts, and what from smaller pictures
 _KINDS: dict[Kind, str] = {"gpt": "a GPT run", "upscaler": "a run for super-resolution"}
@@ -25,13 +25,13 @@ SHIPPED = Path(__file__).parents[1] / "pretrained"
 DEFAULT_SHIPPED = "shapes"
 
 
-def find_image_tokenizer(folder: Path | None, runs: Path) -> tuple[Path, ImageTokenizer]:
-    """The image tokenizer of `folder`, else the newest in `runs`, else the shipped one; says which."""
+def find_image_tokenizer(folder: Path | None, runs: Path) -> tuple[Path, AnyImageTokenizer]:
+    """The image tokenizer of `folder`, else the newest in `runs` (no palette), else the shipped one; says which."""
     if folder is None:
         trained = trained_models(runs).get("vqgan", [])
         folder = trained[0] if trained else SHIPPED / DEFAULT_SHIPPED / "vq"
         say(f"image tokenizer: {folder}" + ("" if trained else " (shipped; none trained yet)"))
-    return folder, load_model(folder, ImageTokenizerConfig, ImageTokenizer)
+    return folder, load_image_tokenizer(folder)
 
 
 def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP]:
@@ -44,7 +44,7 @@ def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP]:
 
 
 def trained_models(runs: Path) -> dict[str, list[Path]]:
-    """Model folders of the runs by kind ("vqgan", "gpt", "upscaler", "clip"), newest first."""
+    """Model folders of the runs by kind ("vqgan", "palette", "gpt", "upscaler", "clip"), newest first."""
     found: dict[str, list[Path]] = {}
     cards = sorted(runs.glob(f"*/model/{CARD}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for card in cards:
@@ -72,7 +72,8 @@ def trained_parts(gpt_folder: Path, runs: Path, kinds: tuple[Kind, ...] = ("gpt"
         expected = " or ".join(_KINDS[kind] for kind in kinds)
         raise CheckpointError(f"{gpt_folder}: a model of kind {kind!r}; expected a pipeline folder or {expected}")
     models = trained_models(runs)
-    vq = _by_fingerprint("image tokenizer", models.get("vqgan", []), card["image_tokenizer"], gpt_folder)
+    tokenizers = [*models.get("vqgan", []), *models.get("palette", [])]
+    vq = _by_fingerprint("image tokenizer", tokenizers, card["image_tokenizer"], gpt_folder)
     beside = next((Path(card[part]["path"]) for part in ("text_tokenizer", "text_encoder") if part in card), None)
     text = gpt_folder if holds_tokenizer(gpt_folder) else beside
     if "scorer" in card:

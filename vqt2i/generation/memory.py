@@ -20,7 +20,7 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import free_memory, measured_peak, say
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer, PaletteTokenizer
 
 ROWS_AT_ONCE = 64  # images decoded together at the most: more take as long for each
 FINISHED_AT_ONCE = 16  # candidates of a prompt that become pictures and are scored together
@@ -81,10 +81,10 @@ def decoding_needs(
     return Needs(fixed, of_image + max(stepping, picking, catching_up, reading // count))
 
 
-def finishing_needs(vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, captioned: bool) -> Needs:
+def finishing_needs(vq: AnyImageTokenizer, gpt: GPT, clip: CLIP | None, captioned: bool) -> Needs:
     """Of turning ids into pictures and scoring these with `clip`, and by the caption score where `captioned`."""
     layout = gpt.layout
-    height, width = layout.config.grid_height, layout.config.grid_width // vq.config.quantizer.ids_per_cell
+    height, width = layout.config.grid_height, layout.config.grid_width // vq.config.ids_per_cell
     picture = 3 * FP32 * height * width * vq.config.downsample**2
     steps = [_decoder_needs(vq, height, width)]
     if clip is not None:
@@ -106,8 +106,10 @@ def _activations(config: TransformerConfig, element: int) -> int:
     return element * (3 * config.width + max(6 * config.width, 4 * config.mlp_width))
 
 
-def _decoder_needs(vq: ImageTokenizer, height: int, width: int) -> Needs:
+def _decoder_needs(vq: AnyImageTokenizer, height: int, width: int) -> Needs:
     """By running the decoder without data, for one image and for two."""
+    if isinstance(vq, PaletteTokenizer):
+        return Needs(0, (3 + 3 * FP32) * height * width)  # 8-bit colours, and these as numbers
     element = next(vq.decoder.parameters()).element_size()
     one, two = (
         tracked_peak(_on_meta(vq.decoder), torch.empty(

@@ -12,7 +12,7 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, FeatureCondition, GPTConfig, LabelCondition
 from vqt2i.text import TextTokenizer, load_own_tokenizer, load_tokenizer
 from vqt2i.text.encoder import TextEncoder
-from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+from vqt2i.vq import AnyImageTokenizer, load_image_tokenizer
 
 PARTS = ("text", "vq", "gpt", "clip", "prior")
 OPTIONAL = ("text", "clip", "prior")
@@ -32,7 +32,7 @@ class Parts(NamedTuple):
     """
 
     text: TextTokenizer | None
-    vq: ImageTokenizer
+    vq: AnyImageTokenizer
     gpt: GPT
     clip: CLIP | None
     clip_text: TextTokenizer | None = None
@@ -57,7 +57,7 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
     Raises:
         CheckpointError: a part is missing or damaged, or does not belong with the others.
     """
-    vq = load_model(folders["vq"], ImageTokenizerConfig, ImageTokenizer)
+    vq = load_image_tokenizer(folders["vq"])
     gpt = load_model(folders["gpt"], GPTConfig, GPT)
     hint = "use the parts it was trained with"
     trained, encoder = gpt.config, None

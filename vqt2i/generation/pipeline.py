@@ -46,7 +46,7 @@ from vqt2i.gpt import GPT, Condition
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text
 from vqt2i.text.encoder import TextEncoder
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 Offload = Literal["auto", "never", "always"]
 
@@ -97,7 +97,7 @@ class TextToImage:
     def __init__(
         self,
         text: TextTokenizer | None,
-        vq: ImageTokenizer,
+        vq: AnyImageTokenizer,
         gpt: GPT,
         clip: CLIP | None,
         config: PipelineConfig,
@@ -226,7 +226,8 @@ class TextToImage:
 
         Args:
             prompts: what to draw, in any language; a single string is one prompt. A picture where the GPT reads
-                embeddings: variations of it. The number of a class where it reads labels, "" where it reads nothing.
+                embeddings: variations of it. The name of a class where it reads labels (its number where they have no
+                names), "" for none of them or where it reads nothing.
             rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
             scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption"; "clip" where the GPT
                 reads no text.
@@ -531,7 +532,7 @@ class TextToImage:
             ConfigError: the GPT's positions have no place for such a grid.
         """
         other = copy.copy(self)
-        other.gpt = self.gpt.with_grid(rows, columns * self.vq.config.quantizer.ids_per_cell)
+        other.gpt = self.gpt.with_grid(rows, columns * self.vq.config.ids_per_cell)
         return other
 
     def upscale(
@@ -571,7 +572,7 @@ class TextToImage:
         wanted = [replace(s, image_index=n * s.image_index + i, seed=seed) for s in given for i in range(n)]
         ids = upscale_ids(
             self.engine.gpt(self.gpt), [self._small(sample, led_from) for sample in wanted], sampling, seed,
-            ids_per_cell=self.vq.config.quantizer.ids_per_cell, start=self.engine.start(self.gpt, len(wanted)),
+            ids_per_cell=self.vq.config.ids_per_cell, start=self.engine.start(self.gpt, len(wanted)),
             on_progress=on_progress,
         )  # fmt: skip
         with self._at_work(self.vq):
@@ -582,7 +583,7 @@ class TextToImage:
 
     def _given(self, picture: Sample | Image.Image | np.ndarray, index: int, prompt: str | None) -> Sample:
         """A picture that is to be drawn larger, with its ids."""
-        cell_px, per_cell = self.vq.config.downsample, self.vq.config.quantizer.ids_per_cell
+        cell_px, per_cell = self.vq.config.downsample, self.vq.config.ids_per_cell
         if isinstance(picture, Sample):
             rows, columns = picture.image_ids_HW.shape
             require_upscalable(rows * cell_px, columns // per_cell * cell_px, self.gpt, self.vq)
@@ -643,7 +644,7 @@ class TextToImage:
         led_from, _ = self._beside(negative, None, sampling)
         canvas, condition = open_canvas(image, change), self._reader.condition(prompt)
         kept_ids_HW = self._encode(canvas.image_HW3)
-        cells = kept_ids_HW.shape[0], kept_ids_HW.shape[1] // self.vq.config.quantizer.ids_per_cell
+        cells = kept_ids_HW.shape[0], kept_ids_HW.shape[1] // self.vq.config.ids_per_cell
         jobs = []
         for index in range(count):
             varied = isinstance(change, Vary)
@@ -671,7 +672,7 @@ class TextToImage:
     def _encode(self, image_HW3: np.ndarray) -> Tensor:
         """The ids of a picture of the shape of the GPT's grid, (grid height, grid width) on the CPU."""
         layout, vq = self.gpt.layout.config, self.vq.config
-        columns = layout.grid_width // vq.quantizer.ids_per_cell
+        columns = layout.grid_width // vq.ids_per_cell
         return self.image_ids(fit_grid(image_HW3, layout.grid_height, columns, vq.downsample))
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 E width of a scorer's embeddings
 """
 
+import difflib
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,12 @@ from vqt2i.data.images import fit_square, to_tensor
 from vqt2i.errors import PromptError
 from vqt2i.generation.prompts import Picture
 from vqt2i.gpt import GPT, Condition, LabelCondition, Vectors
-from vqt2i.text import TextTokenizer
+from vqt2i.text import TextTokenizer, clean_text
 from vqt2i.text.cleaning import clean_web_caption
 from vqt2i.text.encoder import TextEncoder
 
 Prompt = str | Picture
+SHOWN_NAMES = 20  # of classes, in a complaint
 READS = {
     "text": "a text", "features": "features of a text", "label": "a label", "vectors": "an embedding",
     "low_resolution": "a smaller picture",
@@ -27,6 +29,26 @@ READS = {
 def reads_embeddings(gpt: GPT) -> bool:
     """Whether a GPT reads a scorer's embeddings, of texts or of pictures."""
     return gpt.config.condition.kind == "vectors"
+
+
+def label_of(prompt: str, condition: LabelCondition) -> int:
+    """The label that a prompt asks for: by the name of its class, or by its number where classes have no names.
+
+    The empty prompt asks for none, which is the null.
+
+    Raises:
+        PromptError: no such class.
+    """
+    names = [clean_text(name) for name in condition.names] or [str(label) for label in range(condition.n_labels)]
+    if prompt in names:
+        return names.index(prompt)
+    if not prompt:
+        return condition.n_labels
+    if not names:
+        raise PromptError(f"prompt {prompt!r}: expected the empty prompt, for this GPT reads nothing")
+    near = difflib.get_close_matches(prompt, names, n=SHOWN_NAMES, cutoff=0.5) if names[SHOWN_NAMES:] else names
+    told = f", such as {', '.join(near or names[:SHOWN_NAMES])}" if names[SHOWN_NAMES:] else f": {', '.join(names)}"
+    raise PromptError(f"prompt {prompt!r}: no class of this GPT; it reads one of {len(names):,}{told}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +76,7 @@ class PromptReader:
             raise PromptError("this GPT draws pictures from ones of half their size, not from texts alone; use "
                               "tools/upscale.py, or --upscale of tools/generate.py")  # fmt: skip
         if isinstance(condition, LabelCondition):
-            labels = [str(label) for label in range(condition.n_labels)] or [""]
-            if prompt not in labels:
-                expected = f"a label from 0 to {labels[-1]}" if labels[-1] else "the empty prompt, for it reads nothing"
-                raise PromptError(f"prompt {prompt!r}: expected {expected}")
+            label_of(prompt, condition)
 
     @torch.inference_mode()
     def embed(self, prompt: Prompt) -> Tensor:
@@ -76,7 +95,7 @@ class PromptReader:
             (features_SC,) = self.encoder.features([self.encoder.ids(self._cleaned(prompt), self.most_ids)])
             return Vectors(len(features_SC), features_SC.cpu().numpy().tobytes())
         if not reads_embeddings(self.gpt):
-            return int(prompt or 0)
+            return label_of(prompt, self.gpt.config.condition)
         asked_E = self.embed(prompt).cpu()
         if isinstance(prompt, str):
             asked_E = self._as_image(asked_E)

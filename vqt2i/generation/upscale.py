@@ -24,7 +24,7 @@ from vqt2i.generation.rows import Job
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, LowResolution
 from vqt2i.runtime import stream_seed
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 
 class Small(NamedTuple):
@@ -92,10 +92,10 @@ def require_upscaler(gpt: GPT) -> None:
                           "configs/gpt/superres_tiny.yaml or the like trains")  # fmt: skip
 
 
-def require_upscalable(height_px: int, width_px: int, gpt: GPT, vq: ImageTokenizer) -> None:
+def require_upscalable(height_px: int, width_px: int, gpt: GPT, vq: AnyImageTokenizer) -> None:
     """Raises DataError for a picture that is not made of whole cells, or smaller than what a window is drawn from."""
     cell_px, layout = vq.config.downsample, gpt.layout.config
-    columns = layout.grid_width // vq.config.quantizer.ids_per_cell
+    columns = layout.grid_width // vq.config.ids_per_cell
     least = layout.grid_height // 2 * cell_px, columns // 2 * cell_px
     if height_px % cell_px or width_px % cell_px or height_px < least[0] or width_px < least[1]:
         raise DataError(f"picture of {width_px} x {height_px} pixels: expected sides that {cell_px} divides, and "

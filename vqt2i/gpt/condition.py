@@ -18,7 +18,7 @@ B batch, N vectors, C their width, M ids of low resolution
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from vqt2i.config import Config
@@ -73,10 +73,17 @@ class FeatureCondition(VectorCondition):
 
 
 class LabelCondition(Config):
-    """One of `n_labels` classes, or nothing at all for 0 of them."""
+    """One of `n_labels` classes, or nothing at all for 0 of them. names: of all classes, or of none."""
 
     kind: Literal["label"] = "label"
     n_labels: NonNegativeInt = 0
+    names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _every_label_has_a_name_of_its_own(self) -> "LabelCondition":
+        if self.names and len(set(self.names)) != self.n_labels:
+            raise ValueError(f"names: found {len(set(self.names))} different ones, expected n_labels ({self.n_labels})")
+        return self
 
 
 class LowResolutionCondition(Config):

@@ -1,5 +1,5 @@
-"""What a GPT is trained to read before an image: its caption, features of it, its embedding by a scorer, its caption
-and half its resolution, or nothing.
+"""What a GPT is trained to read before an image: its caption, features of it, its embedding by a scorer, its class, its
+caption and half its resolution, or nothing.
 
 B batch, E embedding width, H W grid
 """
@@ -16,7 +16,8 @@ from vqt2i.checkpoint import require_same
 from vqt2i.clip import CLIP, embed_images, modality_gap, perturbed, shifted_texts
 from vqt2i.config import Config
 from vqt2i.data.sampling import Visits
-from vqt2i.errors import ConfigError
+from vqt2i.data.shards import DataSet
+from vqt2i.errors import ConfigError, DataError
 from vqt2i.gpt import (
     GPT,
     ConditionBatch,
@@ -63,6 +64,16 @@ class NoCondition(Config):
     kind: Literal["none"] = "none"
 
 
+class ClassCondition(Config):
+    """The image's class (LlamaGen: Sun et al. 2024, arXiv 2406.06525).
+
+    n_labels: how many the data set has, for one that is yet to be made; null is whatever it has.
+    """
+
+    kind: Literal["label"] = "label"
+    n_labels: PositiveInt | None = None
+
+
 class CaptionFeatures(Config):
     """Features of the caption by a frozen text encoder (LlamaGen, Sun et al. 2024, arXiv 2406.06525); its tokenizer is
     the `text_tokenizer` too.
@@ -78,25 +89,39 @@ class CaptionFeatures(Config):
 
 
 TrainedCondition = Annotated[
-    TextCondition | EmbeddingCondition | CaptionFeatures | NoCondition | LowResolutionCondition,
+    TextCondition | EmbeddingCondition | CaptionFeatures | ClassCondition | NoCondition | LowResolutionCondition,
     Field(discriminator="kind"),
 ]
 
 
 def model_condition(
-    condition: TrainedCondition, scorer: CLIP | None, encoder: TextEncoder | None = None
+    condition: TrainedCondition,
+    scorer: CLIP | None = None,
+    encoder: TextEncoder | None = None,
+    labels: tuple[str, ...] = (),
 ) -> ConditionConfig:
-    """The condition of the GPT that is trained; without a scorer, of one that is planned.
+    """The condition of the GPT that is trained; without a scorer or classes, of one that is planned.
+
+    labels: names of the data set's classes.
 
     encoder: whose features it reads.
 
     Raises:
-        ConfigError: the scorer's embeddings have another width than was configured, or nothing says which.
+        ConfigError: the scorer's embeddings have another width than was configured, or there are more or fewer classes,
+            or nothing says which.
     """
     if isinstance(condition, TextCondition | LowResolutionCondition):
         return condition
     if isinstance(condition, NoCondition):
         return LabelCondition()
+    if isinstance(condition, ClassCondition):
+        n_labels = len(labels) or condition.n_labels
+        if n_labels is None:
+            raise ConfigError("condition.n_labels: null, but no data set is read here; set it to its number of classes")
+        if condition.n_labels not in (None, n_labels):
+            raise ConfigError(f"condition.n_labels: {condition.n_labels}, but the data set has {n_labels} classes; "
+                              "take another data set, or set it to null")  # fmt: skip
+        return LabelCondition(n_labels=n_labels, names=labels)
     if isinstance(condition, CaptionFeatures):
         encoder = encoder or TextEncoder.load(condition.encoder)
         shared = condition.model_dump(include={"n_vectors", "projection", "cleaning"})
@@ -109,6 +134,14 @@ def model_condition(
                           "take another scorer, or set it to null")  # fmt: skip
     encoder = scorer.fingerprint if scorer else "planned"
     return VectorCondition(width=width, projection=condition.projection, encoder=encoder)
+
+
+def require_labels(dataset: DataSet) -> tuple[str, ...]:
+    """Names of the data set's classes; raises DataError where it has none."""
+    if not dataset.labels:
+        raise DataError(f"{dataset.folder}: its samples have no classes, which condition label reads; make a data set "
+                        "of classes (tools/make_dataset.py ... --labels), or take another condition")  # fmt: skip
+    return dataset.labels
 
 
 def require_own_tokenizer(scorer: CLIP, tokenizer: TextTokenizer, path: Path) -> None:
@@ -143,6 +176,8 @@ class Conditioner:
             return LowResolutionBatch(batch.text, batch.low_ids.flatten(1))
         if isinstance(self.config, NoCondition):
             return torch.zeros(len(batch.chance_B), dtype=torch.long, device=batch.chance_B.device)
+        if isinstance(self.config, ClassCondition):
+            return batch.label_B
         if isinstance(self.config, CaptionFeatures):
             return self._features(batch.text)
         embedding_BE = batch.embedding_BE

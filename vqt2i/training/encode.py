@@ -32,11 +32,11 @@ from vqt2i.files import PARTIAL_PREFIX, new_folder, require_free, sha256_of_part
 from vqt2i.runtime import counter, is_first_process, pick_device, say
 from vqt2i.text import TextTokenizer
 from vqt2i.training.batches import BatchLoader
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 
 def store_spec(
-    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], variants: Variants,
+    dataset: DataSet, vq: AnyImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], variants: Variants,
     scorer: CLIP | None = None, low_resolution: bool = False,
 ) -> StoreSpec:  # fmt: skip
     """What the store of these says.
@@ -54,6 +54,7 @@ def store_spec(
         embedding_width=scorer.config.embedding_width if scorer else 0,
         low_resolution=low_resolution,
         languages=dataset.languages,
+        labels=dataset.labels,
         variants=variants,
         grid_height=vq.config.grid_height * (1 + low_resolution),
         grid_width=vq.config.grid_width * (1 + low_resolution),
@@ -63,7 +64,7 @@ def store_spec(
 
 def encode_dataset(
     dataset: DataSet,
-    vq: ImageTokenizer,
+    vq: AnyImageTokenizer,
     tokenizer: TextTokenizer,
     splits: tuple[str, ...],
     out: Path,
@@ -124,7 +125,7 @@ def encode_dataset(
 
 def _require_alike(held: TokenStore, spec: StoreSpec) -> None:
     """Check that a store is of the same data set, grown or changed in part, and of the same tokenizers."""
-    for key in ("image_tokenizer", "text_tokenizer", "scorer", "low_resolution", "languages", "variants"):
+    for key in ("image_tokenizer", "text_tokenizer", "scorer", "low_resolution", "languages", "labels", "variants"):
         found, expected = getattr(held.spec, key), getattr(spec, key)
         if found != expected:
             raise DataError(f"{held.folder}: encoded with {key} {found}, expected {expected}; "
@@ -138,7 +139,7 @@ def _short_name(spec: StoreSpec) -> str:
     """Of everything but the shards that decides what a sample's ids are."""
     tokenizers = (spec.image_tokenizer, spec.text_tokenizer, *([spec.scorer] if spec.scorer else []))
     low = ["low_resolution"] if spec.low_resolution else []
-    return sha256_of_parts(*tokenizers, *low, spec.variants, *spec.languages)[:16]
+    return sha256_of_parts(*tokenizers, *low, spec.variants, *spec.languages, *spec.labels)[:16]
 
 
 def _part_file(work: Path, shard_hash: str) -> Path:
@@ -146,12 +147,13 @@ def _part_file(work: Path, shard_hash: str) -> Path:
 
 
 class _Pictures(NamedTuple):
-    """A batch as the workers make it: uint8 pixels and the ids of all captions."""
+    """A batch as the workers make it: uint8 pixels, the ids of all captions, the numbers of the classes if any."""
 
     images_BVHW3: torch.Tensor
     text_ids: np.ndarray
     text_lengths: np.ndarray
     n_captions_B: np.ndarray
+    labels_B: np.ndarray
 
 
 class _Reading:
@@ -161,6 +163,7 @@ class _Reading:
         self, dataset: DataSet, tokenizer: TextTokenizer, size_px: int, variants: Variants, least_px: int
     ) -> None:
         self.dataset, self.tokenizer, self.size_px, self.variants = dataset, tokenizer, size_px, variants
+        self.numbers = {label: number for number, label in enumerate(dataset.labels)}
         self.least_px = least_px
 
     def __call__(self, key: tuple[str, range]) -> _Pictures:
@@ -178,6 +181,7 @@ class _Reading:
             np.array([i for ids in texts for i in ids], np.int32),
             np.array([len(ids) for ids in texts], np.int64),
             np.array([sum(map(len, pair.captions.values())) for pair in pairs], np.int64),
+            np.array([self.numbers[pair.label] for pair in pairs if self.numbers], np.int64),
         )
 
     def _variants(self) -> range:
@@ -186,7 +190,7 @@ class _Reading:
 
 @torch.inference_mode()
 def _encode_shards(
-    shards: dict[str, tuple[str, int, int]], work: Path, dataset: DataSet, vq: ImageTokenizer,
+    shards: dict[str, tuple[str, int, int]], work: Path, dataset: DataSet, vq: AnyImageTokenizer,
     tokenizer: TextTokenizer, scorer: CLIP | None, low_resolution: bool, variants: Variants, batch_size: int,
     n_workers: int,
 ) -> None:  # fmt: skip
@@ -213,7 +217,7 @@ def _encode_shards(
                 images = batch.images_BVHW3.flatten(0, 1).to(device, non_blocking=True)  # a quarter of the floats
                 pixels, shape = to_tensor(images), batch.images_BVHW3.shape[:2]
                 ids = _codes(vq, pixels, shape)
-                part = TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B)
+                part = TokenPart(ids, batch.text_ids, batch.text_lengths, batch.n_captions_B, labels_N=batch.labels_B)
                 if low_resolution:
                     part = part._replace(low_ids_NVHW=_codes(vq, halved(pixels), shape))
                 if scorer:
@@ -225,13 +229,13 @@ def _encode_shards(
             save_part(_part_file(work, shard_hash), part)
 
 
-def _codes(vq: ImageTokenizer, pixels: torch.Tensor, shape: torch.Size) -> np.ndarray:
+def _codes(vq: AnyImageTokenizer, pixels: torch.Tensor, shape: torch.Size) -> np.ndarray:
     """The ids of pictures in a row, as (samples, variants, grid height, grid width) of a store."""
     return vq.encode(pixels).unflatten(0, shape).cpu().numpy().astype(image_id_dtype(vq.config.vocab_size))
 
 
 def store_folder(
-    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, variants: Variants = "centre",
+    dataset: DataSet, vq: AnyImageTokenizer, tokenizer: TextTokenizer, variants: Variants = "centre",
     scorer: CLIP | None = None, low_resolution: bool = False,
 ) -> Path:  # fmt: skip
     """Where the store of these is kept unless it is asked for elsewhere."""
@@ -242,7 +246,7 @@ def store_folder(
 
 
 def ensure_store(
-    dataset: DataSet, vq: ImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], *,
+    dataset: DataSet, vq: AnyImageTokenizer, tokenizer: TextTokenizer, splits: tuple[str, ...], *,
     scorer: CLIP | None = None, low_resolution: bool = False, variants: Variants = "centre", n_workers: int = 0,
 ) -> TokenStore:  # fmt: skip
     """The store of these beside the data set, up to date: what it lacks is encoded by the first process.

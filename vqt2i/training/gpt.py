@@ -21,7 +21,18 @@ from vqt2i.generation.captions import reversed_share_of
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.find import find_scorer
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, HeadConfig, LayoutConfig, LossWeights, Positions, TextCondition, gpt_loss
+from vqt2i.gpt import (
+    GPT,
+    ConditionConfig,
+    GPTConfig,
+    HeadConfig,
+    LabelCondition,
+    LayoutConfig,
+    LossWeights,
+    Positions,
+    TextCondition,
+    gpt_loss,
+)
 from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
@@ -38,6 +49,7 @@ from vqt2i.training.conditions import (
     load_encoder,
     measure_shift,
     model_condition,
+    require_labels,
     require_own_tokenizer,
     windowed,
 )
@@ -62,7 +74,7 @@ from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, valued_by_first_rank, wants_cpu_adam
 from vqt2i.training.throughput import SampleWork
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 
 class GPTTrainingConfig(Config):
@@ -106,11 +118,11 @@ class GPTRunConfig(Config):
     """`configs/gpt/NAME.yaml`.
 
     text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
-        folder, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are yet to be trained
-        (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the images once,
-        "images" at every step. padding, null_condition: as in `LayoutConfig`. bpe_dropout: probability that a merge of
-        the text tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1, arXiv 2102.12092,
-        §2.2).
+        folder that is no palette, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are
+        yet to be trained (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the
+        images once, "images" at every step. padding, null_condition: as in `LayoutConfig`. bpe_dropout: probability
+        that a merge of the text tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1,
+        arXiv 2102.12092, §2.2).
     condition: what is read before an image. Without texts in it nothing else is said of texts: `text_tokenizer` is the
         scorer's, and `text_length`, `padding`, `null_condition`, `bpe_dropout` stay as they are.
     """
@@ -181,17 +193,19 @@ class GPTRunConfig(Config):
         image_tokenizer: str,
         scorer: CLIP | None = None,
         encoder: TextEncoder | None = None,
+        labels: tuple[str, ...] = (),
     ) -> GPTConfig:
-        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer
-        or features of this encoder.
+        """The GPT that is trained on ids of tokenizers of these sizes and fingerprints, and embeddings of this scorer,
+        features of this encoder or classes of these names.
 
         Raises:
-            ConfigError: the configuration was written for tokenizers of other sizes, or for another scorer.
+            ConfigError: the configuration was written for tokenizers of other sizes, for another scorer or number of
+                classes.
         """
         if self.sizes not in (None, sizes):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
-        condition, reads_text = model_condition(self.condition, scorer, encoder), self.reads_text
+        condition, reads_text = model_condition(self.condition, scorer, encoder, labels), self.reads_text
         text = {name: getattr(self, name) for name in ("text_length", "padding", "null_condition")}
         text["n_text_ids"] = sizes.n_text_ids
         image = sizes.model_dump(exclude={"n_text_ids"})
@@ -207,7 +221,7 @@ class GPTRunConfig(Config):
         )
 
 
-def tokenizer_sizes(text: TextTokenizer, image: ImageTokenizer) -> TokenizerSizes:
+def tokenizer_sizes(text: TextTokenizer, image: AnyImageTokenizer) -> TokenizerSizes:
     """The sizes of trained tokenizers; images are square."""
     config = image.config
     return TokenizerSizes(
@@ -226,7 +240,7 @@ class GPTModule(L.LightningModule):
     def __init__(
         self,
         gpt: GPT,
-        vq: ImageTokenizer,
+        vq: AnyImageTokenizer,
         config: GPTTrainingConfig,
         max_steps: int,
         sampling: SamplingConfig,
@@ -240,7 +254,7 @@ class GPTModule(L.LightningModule):
         self._frozen = (vq.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
 
     @property
-    def vq(self) -> ImageTokenizer:
+    def vq(self) -> AnyImageTokenizer:
         return self._frozen[0].to(self.device)
 
     def configure_optimizers(self) -> Any:
@@ -295,7 +309,7 @@ class GPTModule(L.LightningModule):
                 image_ids, low_ids = (self.vq.encode(image) for image in (batch.image, halved(batch.image)))
             batch = batch._replace(image=None, image_ids=image_ids, low_ids=low_ids)
         layout = self.gpt.layout.config
-        return windowed(batch, layout.grid_height, layout.grid_width, self.vq.config.quantizer.ids_per_cell)
+        return windowed(batch, layout.grid_height, layout.grid_width, self.vq.config.ids_per_cell)
 
     def image_ids(self, batch: Batch) -> Tensor:
         """Codes (B, I): those of the store, or of the batch's images."""
@@ -335,8 +349,11 @@ class GPTModule(L.LightningModule):
         return rearrange(rows, "row b c h w -> c (row h) (b w)")
 
 
-def example_prompts(split: Split, n: int = 4) -> list[str]:
-    """Captions of the first samples of a split, a language each in turn: what `generate` draws without a prompt."""
+def example_prompts(condition: ConditionConfig, split: Split, n: int = 4) -> list[str]:
+    """What `generate` draws without a prompt: the first classes, or else captions of the first samples of a split, a
+    language each in turn."""
+    if isinstance(condition, LabelCondition):
+        return list(condition.names[:n])
     prompts = []
     for index in range(min(n, len(split))):
         captions = list(split.captions(index).values())
@@ -346,7 +363,7 @@ def example_prompts(split: Split, n: int = 4) -> list[str]:
 
 
 def train_gpt(
-    config: GPTRunConfig, vq_folder: Path, vq: ImageTokenizer, runs: Path, *, resume: Resume, deepspeed: bool | Path
+    config: GPTRunConfig, vq_folder: Path, vq: AnyImageTokenizer, runs: Path, *, resume: Resume, deepspeed: bool | Path
 ) -> Path:
     """Train as configured; returns the run's folder. `deepspeed`: a user's own JSON, or true for the generated one."""
     dataset = open_dataset(config.data)
@@ -360,7 +377,9 @@ def train_gpt(
     if isinstance(config.condition, EmbeddingCondition):
         scorer_folder, scorer = find_scorer(config.condition.scorer, runs)
         require_own_tokenizer(scorer, tokenizer, scorer_folder)
-    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer, encoder)
+    labels = require_labels(dataset) if config.condition.kind == "label" else ()
+    sizes = tokenizer_sizes(tokenizer, vq)
+    gpt_config = config.model(sizes, tokenizer.fingerprint, vq.fingerprint, scorer, encoder, labels)
     base, started = None, {}
     if config.training.start_from is not None:
         base = find_base(config.training.start_from)
@@ -391,13 +410,13 @@ def train_gpt(
     else:
         size_px = vq.config.image_size_px * (1 + config.upscales)
         samples = [
-            replace(source, bpe_dropout=config.bpe_dropout, windowed=config.upscales)
+            replace(source, bpe_dropout=config.bpe_dropout, windowed=config.upscales, labels=labels)
             for source in image_samples(config.data, dataset, size_px, tokenizer, seed)
         ]
     with valued_by_first_rank(ds_json):
         if base is None:
             gpt = GPT(gpt_config)
-            gpt.start_from_codes(vq.quantizer.codes())
+            gpt.start_from_codes(vq.codes())
         else:
             gpt = load_base(base, gpt_config, adapted=config.training.lora is not None)
         freeze(gpt, config.training.frozen)
@@ -432,7 +451,7 @@ def train_gpt(
             ),
             **started,
             sampling=config.sampling.model_dump(),
-            example_prompts=example_prompts(dataset.split(config.data.validation_split)),
+            example_prompts=example_prompts(gpt_config.condition, dataset.split(config.data.validation_split)),
         ),
         runs=runs,
         name=config.name,

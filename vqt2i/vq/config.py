@@ -125,14 +125,19 @@ class ImageTokenizerConfig(Config):
         return tuple(self.image_size_px // self.patch_px >> level for level in range(len(self.channels)))
 
     @property
+    def ids_per_cell(self) -> int:
+        """Ids for each cell of the feature map, side by side in a row of the id grid."""
+        return self.quantizer.ids_per_cell
+
+    @property
     def grid_height(self) -> int:
         """Rows of the id grid."""
         return self.image_size_px // self.downsample
 
     @property
     def grid_width(self) -> int:
-        """Ids in a row of the id grid: those of a cell stand side by side."""
-        return self.grid_height * self.quantizer.ids_per_cell
+        """Ids in a row of the id grid."""
+        return self.grid_height * self.ids_per_cell
 
     @property
     def n_image_ids(self) -> int:

@@ -14,7 +14,7 @@ from vqt2i.data.shapes.oracle import ReadObject, ReadScene, Verdict, check, read
 from vqt2i.data.shapes.parse import parse_caption
 from vqt2i.data.shapes.render import SIZES_PX, render
 from vqt2i.data.shapes.scene import Scene, SceneObject
-from vqt2i.data.shapes.source import pairs
+from vqt2i.data.shapes.source import LabelName, labelled_pairs, pairs
 from vqt2i.data.shapes.split import SPLITS, draw_scene, held_out_in
 from vqt2i.data.shapes.style import dip, dipped_pairs, dipped_prompt, shows_dipped
 
@@ -25,6 +25,7 @@ __all__ = [
     "SPLITS",
     "Caption",
     "Facts",
+    "LabelName",
     "ObjectFacts",
     "ReadObject",
     "ReadScene",
@@ -39,6 +40,7 @@ __all__ = [
     "draw_prompts",
     "draw_scene",
     "held_out_in",
+    "labelled_pairs",
     "pairs",
     "parse_caption",
     "read_scene",

@@ -6,7 +6,7 @@ What is dipped in chocolate is brown in its lower half; all other objects are of
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from vqt2i.data.shapes.captions import LANGUAGES, Facts, Language, ObjectFacts, 
 from vqt2i.data.shapes.oracle import check
 from vqt2i.data.shapes.render import COLOUR_RGB, render
 from vqt2i.data.shapes.scene import CANVAS, Scene
-from vqt2i.data.shapes.split import Split, draw_scene
+from vqt2i.data.shapes.split import Split, single_scenes
 from vqt2i.runtime import stream_seed
 
 CHOCOLATE = "brown"
@@ -76,8 +76,7 @@ def dipped_pairs(split: Split, n: int, seed: int, size_px: int) -> Iterator[Pair
 
     meta: the `facts` that its captions state.
     """
-    scenes = (draw_scene(seed, split, index) for index in count())
-    suited = (s for s in scenes if len(s.objects) == 1 and s.objects[0].colour != CHOCOLATE)
+    suited = (scene for scene in single_scenes(seed, split) if scene.objects[0].colour != CHOCOLATE)
     for index, scene in enumerate(islice(suited, n)):
         rng = np.random.default_rng(stream_seed("dipped captions", seed, split, index))
         facts = Facts((ObjectFacts(scene.objects[0].shape, scene.objects[0].colour),))
