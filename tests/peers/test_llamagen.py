@@ -295,7 +295,8 @@ def test_a_class_becomes_a_picture_without_any_tokenizer_of_texts(
     assert main(["import_checkpoint", C2I, str(path), "--out", "gpt", *options]) == 0
     assert main(["make_pipeline", "--model", "gpt", "--out", "pipeline"]) == 0
     assert main(["generate", "--model", "pipeline", "--n", "1", "--out", "drawn"]) == 0
-    assert "prompt 'dog': expected a label from 0 to 2" in fails("generate", "dog", "--model", "pipeline")
+    told = fails("generate", "dog", "--model", "pipeline")
+    assert "prompt 'dog': no class of this GPT; it reads one of 3: 0, 1, 2" in told
     pipeline = TextToImage.load("pipeline", "cpu")
     assert pipeline.config.sampling.guidance == 4.0 and pipeline.text is None
 

@@ -175,14 +175,14 @@ def test_the_tool_draws_by_name_and_examples_without_one(
     assert found == list(COLOURS)
     told = fails("generate", "a red square", "--model", trained)
     assert "prompt 'a red square': no class of this GPT; it reads one of 4: blue, green, red, yellow" in told
-    assert "this GPT reads no text; use the scorer 'clip'" in fails(
+    assert "this GPT predicts no text from an image; use the scorer 'clip'" in fails(
         "generate", "red", "--model", trained, "--rerank", 2, "--scorer", "caption"
     )
 
 
 def test_a_diagnosis_is_refused_in_words(trained: Path, tiny_dataset: DataSet, fails, in_empty_folder: Path) -> None:
     told = fails("diagnose", trained, tiny_dataset.folder, "--out", "d")
-    assert "reads a condition of kind 'label' before an image; expected one that reads texts" in told
+    assert "this GPT reads a label; expected one that reads texts" in told
     assert not Path("d").exists()
 
 

@@ -90,7 +90,7 @@ def test_igpt_learns_pixels_of_images_alone(
 def test_igpt_learns_images_of_classes(labelled: DataSet, model_folders: Path, tmp_path: Path) -> None:
     run = train_igpt("igpt_label_tiny", labelled, model_folders / "vq", model_folders, tmp_path)
     first, last = first_and_last(run)
-    assert float(last["val/image"]) < 1.5 < float(first["val/image"]) < 2.77  # guessing costs ln 16
-    assert float(last["val/image"]) < float(last["val/image_unconditional"]) - 0.02
+    assert float(last["val/image"]) < 0.4 < float(first["val/image"]) < 2.77  # guessing costs ln 16
+    assert float(last["val/image"]) < float(last["val/image_unconditional"]) - 0.1
     condition = load_model(run / "model", GPTConfig, GPT).config.condition
     assert condition == LabelCondition(n_labels=4, names=labelled.labels)
