@@ -708,8 +708,9 @@ class TextToImage:
             scores["likelihood"] = torch.cat([
                 likelihood_scores(gpt, part, conditions[: len(part)]) for part in ids_BHW.split(ROWS_AT_ONCE)
             ])  # fmt: skip
-        if scorer != "likelihood":
-            scores |= self._score(self.default_scorer if scorer == "all" else scorer, image_B3HW, ids_BHW, prompt)
+        other = self.default_scorer if scorer == "all" else scorer
+        if other != "likelihood" and (other != "clip" or self.clip):  # "all" is what there is
+            scores |= self._score(other, image_B3HW, ids_BHW, prompt)
         if len(scores) > 1:
             scores[scorer] = combine(scores)
         return scores
