@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vq", type=Path, metavar="DIR", help="of a GPT: its image tokenizer, imported before")
     parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="of a GPT that reads features of texts: the "
                         "encoder's local folder")  # fmt: skip
-    parser.add_argument("--text", type=Path, metavar="PATH", help="of a scorer or a GPT that reads texts: its tokenizer "
+    parser.add_argument("--text", type=Path, metavar="PATH", help="of a scorer or a GPT of texts: its tokenizer "
                         "(default: the one beside the checkpoint)")  # fmt: skip
     parser.add_argument("--sampling", type=Path, metavar="FILE", help="of a GPT: the sampling defaults that its folder "
                         "says (default: its authors', configs/sampling/FAMILY.yaml)")  # fmt: skip

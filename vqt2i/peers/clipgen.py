@@ -70,6 +70,7 @@ class ClipGenVQ(Family):
 
     name = "clip-gen-vq"
     kind = "vqgan"
+    unused = ("settings", "vq", "text_encoder", "text")
     repository = REPOSITORY
     licence = "MIT"
     markers = (
@@ -151,6 +152,7 @@ class ClipGenGPT(Family):
 
     name = "clip-gen-gpt"
     kind = "gpt"
+    unused = ("image_size_px", "text")
     repository = REPOSITORY
     licence = "MIT"
     markers = ("pos_emb", "tok_emb.weight", "cond_proj.weight", "blocks.0.encoder.linear1.weight", "head.bias")

@@ -1,7 +1,7 @@
 """CogView (Ding et al. 2021, arXiv 2105.13290): its VQ-VAE, and its GPTs of texts and images.
 
 All ids are in one space there: image ids, text ids, 27 marks, and rows that fill up to a multiple of 128. [BASE] tells
-the size of an image's grid. As its code draws (generate_samples.py, generation/magnify.py), with our names of the marks:
+the size of an image's grid. As its code draws (generate_samples.py, generation/magnify.py), with our names:
 
     text to image       [ROI1] text [BASE] [BOI1] image [EOI1]                      T2I text EOT BOI image I2T
     captions            [BASE] [BOI1] image [EOI1] [ROI1] text                      EOT BOI image I2T BOT text
@@ -60,6 +60,7 @@ class CogViewVQ(Family):
 
     name = "cogview-vq"
     kind = "vqgan"
+    unused = ("settings", "vq", "text_encoder", "text")
     repository = REPOSITORY
     licence = "Apache-2.0"
     markers = ("enc_b.blocks.0.weight", "quantize_t.embed", "dec.blocks.0.weight")
@@ -172,6 +173,7 @@ class CogViewGPT(Family):
 
     name = "cogview-gpt"
     kind = "gpt"
+    unused = ("image_size_px", "text_encoder")
     condition: ClassVar[ConditionConfig] = TextCondition()
     repository = REPOSITORY
     licence = "Apache-2.0"
