@@ -58,6 +58,7 @@ TOWER = TRANSFORMER.model_copy(update={"width": 64, "n_heads": 1, "n_layers": 1,
 CLIP_CONFIG = CLIPConfig(
     image_size_px=16, patch_size_px=8, text_length=5, n_text_ids=9, vision=TOWER, text=TOWER, embedding_width=6,
     text_tokenizer="unknown", image_readout=ClassReadout(), text_readout=EndReadout(start_id=7, end_id=8),
+    pixel_mean=(0.48145466, 0.4578275, 0.40821073), pixel_std=(0.26862954, 0.26130258, 0.27577711),
 )  # fmt: skip
 LLAMAGEN = {
     "transformer": TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=96, norm_eps=1e-5, qk_norm=False),

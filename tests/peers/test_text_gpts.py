@@ -302,8 +302,10 @@ def test_a_cogview_for_pictures_captions_none_and_does_not_rank_by_captions(
     assert "this pipeline has no CLIP; train one with tools/train_clip.py and give it by --clip" in fails(*again)
 
 
-def test_a_cogview_for_super_resolution_draws_a_picture_larger(importable, in_empty_folder: Path) -> None:
-    _, folder = importable("cogview-sr")
+def test_a_cogview_for_super_resolution_draws_a_picture_larger(native, in_empty_folder: Path) -> None:
+    made, folder = native("cogview-sr"), in_empty_folder / "sr"
+    arguments = ["import_checkpoint", "cogview-sr", made.path, "--out", folder, *made.arguments]
+    assert main([str(part) for part in arguments]) == 0
     card = read_card(folder)
     assert card["kind"] == "upscaler" and card["sampling"]["top_k"] == 200
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)).save("small.png")
@@ -336,7 +338,7 @@ def save_part(folder: Path, rank: int, state: dict[str, Tensor], step: str = "7"
 
 @pytest.fixture
 def in_parts(native, tmp_path: Path):
-    """A function that writes a CogView in parts, and another one as that of an earlier step; returns it and the folder."""
+    """A function that writes a CogView in parts, and another one as that of an earlier step; gives it and the folder."""
 
     def make(name: str, n_parts: int):
         made = native(name)
@@ -404,7 +406,7 @@ def test_what_the_weights_do_not_tell_is_asked_for(save_native, build, fails, tm
     (tmp_path / "tokenizer").mkdir()
     vocabulary = {"[UNK]": 0, "a": 1, "a</w>": 2, "[PAD]": 3}
     (tmp_path / "tokenizer" / "bpe-vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "tokenizer" / "bpe-merges.txt").write_text("#version: 0.2\na a</w>\n")
+    (tmp_path / "tokenizer" / "bpe-merges.txt").write_text("#version: 0.2\n")
 
     def refused(name: str, *more: object) -> str:
         path = save_native(tmp_path / "x.pt", name, build(name), "module")
@@ -419,6 +421,8 @@ def test_what_the_weights_do_not_tell_is_asked_for(save_native, build, fails, tm
     assert "its text tokenizer is published beside it; give that file by --text" in refused("rudalle-gpt", *with_vq)
     assert "reads embeddings by CLIP ViT-B/32" in refused("clip-gen-gpt", *with_vq)
     assert "which is not the published model's" in refused("mindalle-gpt", "--vq", vq)
+    (tmp_path / "tokenizer" / "bpe-merges.txt").write_text("#version: 0.2\na a</w>\n")
+    assert "merges a and a</w>, but aa</w> is not in the vocabulary" in refused("mindalle-gpt", "--vq", vq)
     (tmp_path / "arguments.json").write_text(json.dumps({"num_attention_heads": 2, "hidden_size": 64}))
     assert "hidden_size is 32 in the weights, 64 in" in refused("rudalle-gpt", *with_vq, "--text", bpe)
     (tmp_path / "arguments.json").write_text(json.dumps({"num_attention_heads": 2, "mlp_activation": "relu"}))
