@@ -16,6 +16,7 @@ from vqt2i.cli import main
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.find import open_pipeline
 from vqt2i.generation.native import NativeGPT
+from vqt2i.generation.rerank import likelihood_scores
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import (
     GPT,
@@ -24,7 +25,6 @@ from vqt2i.gpt import (
     LowResolutionBatch,
     Vectors,
     caption_log_probability,
-    image_log_probability,
 )
 from vqt2i.peers import FAMILIES, Options
 from vqt2i.peers.cogview import EMBEDDINGS, MARKS, POSITIONS, as_ours, parts_of, split_of, their_ids
@@ -250,7 +250,7 @@ def test_the_orders_of_cogview_are_those_of_its_code(native) -> None:
     forth = [mark["ROI1"], *words, mark["TINY"], mark["BOI1"], *image.tolist()]
     log_p = scores_there(weights, gpt, forth)[5:-1, :N_IDS].log_softmax(-1)
     expected = log_p.gather(1, image[:, None]).sum()
-    torch.testing.assert_close(image_log_probability(gpt, text, image[None])[0], expected)
+    torch.testing.assert_close(64 * likelihood_scores(gpt, image[None], [(3, 1, 4)])[0], expected)
     back = [mark["TINY"], mark["BOI1"], *image.tolist(), mark["EOI1"], mark["ROI1"], *words]
     of_texts = [*range(N_IDS, N_IDS + N_TEXT), mark["TINY"]]
     log_p = scores_there(weights, gpt, back)[67:-1, of_texts].log_softmax(-1)
