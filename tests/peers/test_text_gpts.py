@@ -338,7 +338,7 @@ def save_part(folder: Path, rank: int, state: dict[str, Tensor], step: str = "7"
 
 @pytest.fixture
 def in_parts(native, tmp_path: Path):
-    """A function that writes a CogView in parts, and another one as that of an earlier step; gives it and the folder."""
+    """A function that writes a CogView in parts, beside another of an earlier step; gives it and the folder."""
 
     def make(name: str, n_parts: int):
         made = native(name)

@@ -13,8 +13,8 @@ from vqt2i.checkpoint import read_card
 from vqt2i.config import build_config
 from vqt2i.errors import CheckpointError
 from vqt2i.gpt import GPT, GPTConfig, VectorBatch
-from vqt2i.peers.clip import OPENAI, CLIPFamily
 from vqt2i.peers.arguments import find_arguments
+from vqt2i.peers.clip import OPENAI, CLIPFamily
 from vqt2i.peers.family import Compared, Family, Options, compare_tokenizer, largest_difference
 from vqt2i.peers.gpts import (
     TOLERANCE,
