@@ -135,6 +135,9 @@ class Weights(LazyTensors):
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:  # a mapping's own makes the tensor to find out
+        return name in self._files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

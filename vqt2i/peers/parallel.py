@@ -56,6 +56,9 @@ class JoinedParts(LazyTensors):
         blocks = [part.chunk(split.n_blocks, split.axis) for part in parts]
         return torch.cat([shares[block] for block in range(split.n_blocks) for shares in blocks], split.axis)
 
+    def __contains__(self, name: object) -> bool:  # a mapping's own makes the tensor to find out
+        return name in self._parts[0]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts[0])
 
