@@ -1,4 +1,4 @@
-"""Fine-tuning a GPT: what a run starts from, which parts stay as they are, low-rank adapters.
+"""Fine-tuning: what a run starts from, which parts stay as they are, low-rank adapters.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685, equation 3): W x becomes W x + α/r · B A x, of which only A and B are trained;
 B starts at zero, so training starts from W. `peft` puts the adapters into the model. A trained one can be added to W:
@@ -6,7 +6,7 @@ W + α/r · B A is a model like any other.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqt2i.checkpoint import CARD, CONFIG, WEIGHTS, load_model, read_card, require_same, save_model
-from vqt2i.config import Config, load_config
+from vqt2i.checkpoint import CARD, CONFIG, WEIGHTS, ModelT, load_model, read_card, require_same, save_model
+from vqt2i.config import Config, ConfigT, load_config
 from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.files import require_free
 from vqt2i.gpt import GPT, GPTConfig
@@ -55,36 +55,37 @@ class Adapter(nn.Module):
         return self.weights
 
 
-def find_base(folder: Path) -> Path:
-    """The GPT's model folder that is meant: itself, of a run, or of a pipeline folder.
+def find_base(folder: Path, kind: Literal["gpt", "vqgan"] = "gpt") -> Path:
+    """The model folder that is meant: itself, of a run, or of a pipeline folder.
 
     Raises:
         CheckpointError: there is none.
     """
-    for candidate in (folder, folder / "model", folder / "gpt"):
-        if (candidate / CARD).is_file() and read_card(candidate).get("kind") == "gpt":
+    for candidate in (folder, folder / "model", folder / {"gpt": "gpt", "vqgan": "vq"}[kind]):
+        if (candidate / CARD).is_file() and read_card(candidate).get("kind") == kind:
             return candidate
-    raise CheckpointError(f"start_from {folder}: no GPT there; expected its model folder, a run of train_gpt, or a "
-                          "pipeline folder")  # fmt: skip
+    what = {"gpt": "GPT", "vqgan": "image tokenizer"}[kind]
+    raise CheckpointError(f"start_from {folder}: no {what} there; expected its model folder, a run of train_{kind}, or "
+                          "a pipeline folder")  # fmt: skip
 
 
-def load_base(folder: Path, config: GPTConfig) -> GPT:
-    """The GPT to start from, in training mode.
+def load_base(folder: Path, config: ConfigT, build: Callable[[ConfigT], ModelT]) -> ModelT:
+    """The model to start from, in training mode.
 
     Raises:
         ConfigError: it is not what the settings describe; all differences are named.
     """
-    gpt = load_model(folder, GPTConfig, GPT)
-    found, wanted = _dotted(gpt.config.model_dump(mode="json")), _dotted(config.model_dump(mode="json"))
+    model = load_model(folder, type(config), build)
+    found, wanted = _dotted(model.config.model_dump(mode="json")), _dotted(config.model_dump(mode="json"))
     differences = [
         f"{key}: {found.get(key)} there, {wanted.get(key)} here"
         for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)
     ]  # fmt: skip
     if differences:
         raise ConfigError(f"training.start_from {folder}: another model than the settings describe: "
-                          f"{'; '.join(differences)}. Take over its settings and its tokenizers "
-                          "(text_tokenizer, --vq)")  # fmt: skip
-    return gpt.train()
+                          f"{'; '.join(differences)}. Take over its settings, and of a GPT its "
+                          "tokenizers (text_tokenizer, --vq)")  # fmt: skip
+    return model.train()
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

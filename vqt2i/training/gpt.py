@@ -1,6 +1,5 @@
 """Training of the GPT, from images or from a token store."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from vqt2i.nn.sparsity import DenseConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
 from vqt2i.text import TextTokenizer, load_tokenizer
-from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
+from vqt2i.training.batches import Batch, ImageSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.conditions import (
     CAPTIONS,
@@ -35,7 +34,6 @@ from vqt2i.training.conditions import (
     model_condition,
     require_own_tokenizer,
 )
-from vqt2i.training.encode import ensure_store
 from vqt2i.training.finetune import (
     AdapterConfig,
     LoRAConfig,
@@ -52,7 +50,7 @@ from vqt2i.training.launch import find_world
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
 from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_flops
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
-from vqt2i.training.samples import image_samples
+from vqt2i.training.samples import image_samples, token_samples
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, valued_by_first_rank, wants_cpu_adam
 from vqt2i.training.throughput import SampleWork
@@ -309,7 +307,7 @@ def train_gpt(
     if isinstance(config.condition, EmbeddingCondition):
         scorer_folder, scorer = find_scorer(config.condition.scorer, runs)
         require_own_tokenizer(scorer, tokenizer, scorer_folder)
-    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.fingerprint, scorer)
+    gpt_config = config.model(tokenizer_sizes(tokenizer, vq), tokenizer.fingerprint, vq.ids_fingerprint, scorer)
     base, started = None, {}
     if config.training.start_from is not None:
         base = find_base(config.training.start_from)
@@ -329,22 +327,17 @@ def train_gpt(
     L.seed_everything(config.trainer.seed, verbose=False)
     seed = config.trainer.seed
     if config.source == "store":
-        splits, variants = (config.data.train_split, config.data.validation_split), config.data.variants
-        store = ensure_store(
-            dataset, vq, tokenizer, splits, scorer=scorer, variants=variants, n_workers=config.trainer.n_workers
+        samples = token_samples(
+            config.data, dataset, vq, tokenizer, scorer, seed, config.bpe_dropout, config.trainer.n_workers
         )
-        samples = [TokenSamples(store.split(split), seed, tokenizer, config.bpe_dropout) for split in splits]
     else:
-        samples = [
-            replace(source, bpe_dropout=config.bpe_dropout)
-            for source in image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed)
-        ]
+        samples = image_samples(config.data, dataset, vq.config.image_size_px, tokenizer, seed, config.bpe_dropout)
     with valued_by_first_rank(ds_json):
         if base is None:
             gpt = GPT(gpt_config)
             gpt.start_from_codes(vq.quantizer.codes())
         else:
-            gpt = load_base(base, gpt_config)
+            gpt = load_base(base, gpt_config, GPT)
         freeze(gpt, config.training.frozen)
         if config.training.lora:
             add_adapters(gpt, config.training.lora)
@@ -365,6 +358,7 @@ def train_gpt(
         card=stage_card(
             "gpt",
             dataset,
+            config.data,
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
             **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),
