@@ -18,13 +18,21 @@ from vqt2i.generation import Sample, SamplingConfig, TextToImage
 
 @dataclass(frozen=True)
 class OracleProtocol:
-    """What was asked for; with the models' fingerprints, all that a result depends on."""
+    """What was asked for; with the models' fingerprints, all that a result depends on.
+
+    Raises:
+        PromptError: fewer prompts than languages.
+    """
 
     kinds: tuple[str, ...]
     n_prompts: int
     n_candidates: int
     seed: int
     sampling: SamplingConfig
+
+    def __post_init__(self) -> None:
+        if self.n_prompts < len(LANGUAGES):
+            raise PromptError(f"number of prompts: found {self.n_prompts}, expected at least {len(LANGUAGES)}")
 
 
 def measure_oracle(pipeline: TextToImage, protocol: OracleProtocol, on_token: Any = None) -> dict[str, Any]:
@@ -35,16 +43,14 @@ def measure_oracle(pipeline: TextToImage, protocol: OracleProtocol, on_token: An
     shares in [0, 1]; and the `r_precision` of all candidates among the prompts of the kind, where there is a CLIP.
 
     Raises:
-        PromptError: an unknown kind, or fewer prompts than languages.
+        PromptError: an unknown kind.
     """
-    if protocol.n_prompts < len(LANGUAGES):
-        raise PromptError(f"number of prompts: found {protocol.n_prompts}, expected at least {len(LANGUAGES)}")
     results = {}
     for kind in protocol.kinds:
         prompts = [
             prompt
             for i, language in enumerate(LANGUAGES)
-            for prompt in draw_prompts(kind, _part(protocol.n_prompts, i), protocol.seed, language)
+            for prompt in draw_prompts(kind, share_of_language(protocol.n_prompts, i), protocol.seed, language)
         ]
         groups = pipeline.candidates(
             [prompt.text for prompt in prompts], protocol.n_candidates,
@@ -83,5 +89,6 @@ def _both(parts: dict[str, bool]) -> bool:
     return parts["colour"] and parts["shape"]
 
 
-def _part(n: int, index: int) -> int:
+def share_of_language(n: int, index: int) -> int:
+    """How many of `n` prompts are in LANGUAGES[index]."""
     return n // len(LANGUAGES) + (index < n % len(LANGUAGES))

@@ -7,7 +7,7 @@ from vqt2i.data.shapes.render import SIZES_PX, render
 from vqt2i.data.shapes.scene import Scene, SceneObject
 from vqt2i.data.shapes.source import pairs
 from vqt2i.data.shapes.split import SPLITS, draw_scene, held_out_in
-from vqt2i.data.shapes.style import dip, dipped_pairs, dipped_prompt, shows_dipped
+from vqt2i.data.shapes.style import at_the_beach, beach_pairs, draw_beach, without_beach
 
 __all__ = [
     "LANGUAGES",
@@ -21,11 +21,11 @@ __all__ = [
     "Scene",
     "SceneObject",
     "Verdict",
+    "at_the_beach",
+    "beach_pairs",
     "caption_scene",
     "check",
-    "dip",
-    "dipped_pairs",
-    "dipped_prompt",
+    "draw_beach",
     "draw_prompts",
     "draw_scene",
     "held_out_in",
@@ -33,5 +33,5 @@ __all__ = [
     "parse_caption",
     "read_scene",
     "render",
-    "shows_dipped",
+    "without_beach",
 ]
