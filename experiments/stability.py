@@ -150,7 +150,7 @@ def shapes() -> tuple[TokenSamples, LayoutConfig]:
     """The embedded data set's ids by the shipped tokenizers, made where they are not there yet."""
     dataset, tokenizer = open_dataset(DataConfig()), TextTokenizer.load(Path("tokenizers/bilingual.model"))
     _, vq = find_image_tokenizer(Path("vqt2i/pretrained/shapes/vq"), Path("runs"))
-    store, grid = ensure_store(dataset, vq, tokenizer, ("train", "val")), vq.config.grid_size
+    store, grid = ensure_store(dataset, vq, tokenizer, ("train", "val")), vq.config.grid_height
     return TokenSamples(store.split("train"), 0), LayoutConfig(
         n_text_ids=tokenizer.n_ids, n_image_ids=vq.config.vocab_size, text_length=TEXT_LENGTH, grid_height=grid,
         grid_width=grid,
@@ -218,15 +218,19 @@ def table(results: dict[Run, Result]) -> str:
 
 
 def plot(results: dict[Run, Result], path: Path) -> None:
-    """A panel for each precision and rate, a colour for each variant; a cross where a run diverged."""
+    """A row for each precision, a column for each rate, a colour for each variant; a cross where a run diverged."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = sorted({(run.precision, run.learning_rate) for run in results})
-    figure, axes = pyplot.subplots(1, len(columns), figsize=(4.2 * len(columns), 4), sharey=True, squeeze=False)
-    for axis, column in zip(axes[0], columns, strict=True):
+    precisions = sorted({run.precision for run in results})
+    rates = sorted({run.learning_rate for run in results})
+    size = (3.8 * len(rates), 2.6 * len(precisions) + 0.4)
+    figure, axes = pyplot.subplots(
+        len(precisions), len(rates), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, column in zip(axes.flat, product(precisions, rates), strict=True):
         for colour, name in enumerate(VARIANTS):
             for run, result in results.items():
                 if (run.variant, run.precision, run.learning_rate) != (name, *column) or not result.losses:
@@ -235,11 +239,11 @@ def plot(results: dict[Run, Result], path: Path) -> None:
                 axis.plot(result.losses, linewidth=0.9, **look)
                 if result.diverged_at is not None:
                     axis.plot(len(result.losses) - 1, min(result.losses[-1], 12), "x", color=f"C{colour}", markersize=8)
-        axis.set(title=f"{column[0]}, learning rate {column[1]:g}", xlabel="step", ylim=(0, 12))
-    axes[0][0].set_ylabel("image loss, nats per id")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        axis.set(title=f"{column[0]}, learning rate {column[1]:g}", ylim=(0, 12))
+    figure.supxlabel("step")
+    figure.supylabel("image loss, nats per id")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:

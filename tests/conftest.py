@@ -3,6 +3,7 @@
 All are made from fixed seeds once per session, in a temporary folder, and nobody changes them.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from vqt2i.checkpoint import load_model, save_model
+from vqt2i.checkpoint import CONFIG, load_model, save_model
 from vqt2i.clip import CLIP, CLIPConfig
-from vqt2i.config import save_config
+from vqt2i.config import load_config, save_config
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.generation.parts import PIPELINE, PipelineConfig
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, ConditionConfig, GPTConfig, LayoutConfig, TextCondition
+from vqt2i.gpt import (
+    GPT,
+    ConditionConfig,
+    GPTConfig,
+    HeadConfig,
+    LayoutConfig,
+    LowResolutionCondition,
+    TextCondition,
+)
 from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, RowColumnConfig, SparsityConfig
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextTokenizer
@@ -36,7 +45,7 @@ COLOURS = {
 }
 SIZE_PX, GRID, TEXT_LENGTH = 16, 4, 12
 TRANSFORMER = TransformerConfig(width=32, n_layers=2, n_heads=2, mlp_width=48)
-DENSE, TEXT = DenseConfig(), TextCondition()
+DENSE, TEXT, PLAIN_HEAD = DenseConfig(), TextCondition(), HeadConfig()
 
 # of every choice of the transformer and of its positions, in the combinations of published models
 WIDE = TransformerConfig(width=32, n_layers=5, n_heads=2, mlp_width=48, bias=True, qk_norm=False)
@@ -49,6 +58,13 @@ GPT_KINDS = {
     "DALL-E": {
         "positions": "learned", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu_quick"}),
         "sparsity": RowColumnConfig(conv_size=3), "padding": "learned",
+    },
+    "ruDALL-E": {
+        "positions": "learned", "transformer": WIDE.model_copy(update=COGVIEW | {"norm": "layer"}), "padding": "bare",
+        "sparsity": RowColumnConfig(conv_size=3, conv_wraps=False), "head": HeadConfig(norm=True, bias=True),
+    },
+    "LlamaGen": {
+        "positions": "rotary_image", "transformer": TRANSFORMER.model_copy(update={"norm_eps": 1e-5, "qk_norm": False}),
     },
     "pivots": {"transformer": WIDE, "sparsity": PivotWindowConfig(n_pivots=2, block_size=2, n_blocks=1)},
 }  # fmt: skip
@@ -81,6 +97,18 @@ def tiny_text() -> TextTokenizer:
     return train_text_tokenizer([*words, "square with words of no use"], TextTokenizerConfig(vocabulary_size=330))
 
 
+@pytest.fixture
+def tiny_t5(tmp_path: Path, tiny_text: TextTokenizer) -> Path:
+    """A folder like that of Flan-T5, in small: 12 features."""
+    from transformers import T5Config, T5EncoderModel  # takes seconds
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": tiny_text.n_ids}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5" / "spiece.model").write_bytes(tiny_text.model)
+    return tmp_path / "t5"
+
+
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory, tiny_text: TextTokenizer) -> Path:
     """A pipeline folder of untrained models that belong together: text/, vq/, gpt/, clip/, pipeline.yaml."""
@@ -108,6 +136,20 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory, tiny_text: TextToken
     return folder
 
 
+@pytest.fixture(scope="session")
+def upscaler_folder(tmp_path_factory: pytest.TempPathFactory, model_folders: Path) -> Path:
+    """A pipeline folder of an untrained GPT that upscales, with the tokenizers of `model_folders`."""
+    folder = tmp_path_factory.mktemp("models") / "upscaler"
+    for part in ("text", "vq"):
+        shutil.copytree(model_folders / part, folder / part)
+    of_texts = load_config(GPTConfig, model_folders / "gpt" / CONFIG)
+    config = of_texts.model_copy(update={"condition": LowResolutionCondition()})
+    torch.manual_seed(1)
+    save_model(folder / "gpt", GPT(config), config, {"kind": "upscaler"})
+    save_config(PipelineConfig(sampling=SamplingConfig(guidance=1.0)), folder / PIPELINE)
+    return folder
+
+
 @pytest.fixture
 def tiny_vq(model_folders: Path) -> ImageTokenizer:
     return load_model(model_folders / "vq", ImageTokenizerConfig, ImageTokenizer)
@@ -129,14 +171,15 @@ def make_gpt() -> Callable[..., GPT]:
         transformer: TransformerConfig = TRANSFORMER,
         sparsity: SparsityConfig = DENSE,
         condition: ConditionConfig = TEXT,
+        head: HeadConfig = PLAIN_HEAD,
         **layout: object,
     ) -> GPT:
-        read = {"n_text_ids": 10, "text_length": 5} if condition is TEXT else {}
+        read = {"n_text_ids": 10, "text_length": 5} if condition.kind in ("text", "low_resolution") else {}
         sizes = read | {"n_image_ids": 6, "grid_height": 3, "grid_width": 2} | layout
         torch.manual_seed(seed)
         config = GPTConfig(
             transformer=transformer, layout=LayoutConfig(**sizes), condition=condition, positions=positions,
-            sparsity=sparsity, text_tokenizer="t" if read else None, image_tokenizer="i",
+            sparsity=sparsity, head=head, text_tokenizer="t" if read else None, image_tokenizer="i",
         )  # fmt: skip
         return GPT(config).eval()
 
@@ -146,6 +189,12 @@ def make_gpt() -> Callable[..., GPT]:
 @pytest.fixture(params=GPT_KINDS)
 def gpt_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Arguments of `make_gpt`: one kind of GPT after the other."""
+    return GPT_KINDS[request.param]
+
+
+@pytest.fixture(params=[name for name, kind in GPT_KINDS.items() if kind.get("padding") != "bare"])
+def two_way_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """As `gpt_kind`, of those that read images before texts too."""
     return GPT_KINDS[request.param]
 
 

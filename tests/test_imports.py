@@ -16,8 +16,8 @@ PACKAGE = Path(vqt2i.__file__).parent
 ROWS = (
     {"errors"},
     {"files"},
-    {"config", "runtime"},
-    {"nn", "checkpoint", "processes"},
+    {"config", "runtime", "weights"},
+    {"nn", "checkpoint", "processes", "origin"},
     {"text", "data"},
     {"vq", "gpt", "clip"},
     {"generation", "peers"},

@@ -1,11 +1,10 @@
-"""The weights that ship: they load, belong together, and draw what they are asked for."""
+"""The weights that ship load and belong together; how well they draw is held by tests/evaluation/test_gate.py."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from vqt2i.evaluation.oracle import OracleProtocol, measure_oracle
 from vqt2i.generation import TextToImage
 from vqt2i.generation.find import DEFAULT_SHIPPED, SHIPPED
 
@@ -15,14 +14,6 @@ CARDS = sorted(SHIPPED.glob("*/*/card.json"))
 @pytest.fixture(scope="module")
 def shipped() -> TextToImage:
     return TextToImage.load(SHIPPED / DEFAULT_SHIPPED, "cpu")
-
-
-def test_the_shipped_weights_draw_single_objects_of_unseen_combinations(shipped: TextToImage):
-    protocol = OracleProtocol(("single_unseen",), 20, 8, 3, shipped.config.sampling)
-    accuracy = measure_oracle(shipped, protocol)["single_unseen"]["accuracy"]
-    # below what README reports for 100 prompts of 16 candidates by two standard errors, far above guessing (1 / 80)
-    assert accuracy["random"]["colour_shape"] > 0.6
-    assert accuracy["both"]["colour_shape"] > 0.8
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: "/".join(path.parts[-3:-1]))

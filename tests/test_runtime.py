@@ -96,8 +96,9 @@ def test_rates_are_measured_at_each_call(monkeypatch) -> None:
 def test_free_memory_is_some_and_a_peak_is_seen_where_the_system_tells_it() -> None:
     device = torch.device("cpu")
     assert 0 < free_memory(device) < 2**50
-    total, peak = measured_peak(device, lambda: torch.ones(2**24).sum().item())
-    assert total == 2**24 and (peak is None or 0.9 * 2**26 < peak < 2**28)
+    # so large that what else is freed meanwhile, some MB, makes no difference
+    first, peak = measured_peak(device, lambda: torch.ones(2**26)[0].item())
+    assert first == 1 and (peak is None or 0.9 * 2**28 < peak < 2**30)
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,19 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_parts(*parts: bytes | str) -> str:
-    """Hexadecimal SHA-256 of several byte strings, each preceded by its length so that no two lists collide."""
+def sha256_of_parts(*parts: bytes | str | Path) -> str:
+    """Hexadecimal SHA-256 of several byte strings, each preceded by its length so that no two lists collide.
+
+    A path stands for the bytes of its file, which are not all held at once.
+    """
     digest = hashlib.sha256()
     for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+                while block := file.read(2**20):
+                    digest.update(block)
+            continue
         data = part.encode() if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)

@@ -226,9 +226,10 @@ class Tally:
     they had got it too, an error without a word, for the process that has it tells it.
     """
 
-    def __init__(self, on_more: Callable[[int], None]) -> None:
-        """on_more: called with what the count has grown by, over all processes."""
-        self._on_more, self._own, self._total = on_more, 0, 0
+    def __init__(self, on_more: Callable[[int], None], name: str = "") -> None:
+        """on_more: called with what the count has grown by, over all processes. name: tells counts of a command apart,
+        one after another."""
+        self._on_more, self._own, self._total, self._key = on_more, 0, 0, f"count/{name}"
         self._store = _meeting_point() if find_launcher() is not None else None
         self._looked = self._changed = time.monotonic()
 
@@ -262,14 +263,13 @@ class Tally:
         if self._store.check(["ended"]):
             why = self._store.get("ended").decode()
             raise ENDS[why]() if why in ENDS else SystemExit(0)
-        before, self._total = self._total, self._store.add("count", self._own)
+        before, self._total = self._total, self._store.add(self._key, self._own)
         self._own, self._looked = 0, time.monotonic()
         if self._total != before:
             self._changed = self._looked
             self._on_more(self._total - before)
         elif self._looked - self._changed > SILENCE_S:
             raise UserError(f"another process has done nothing for {SILENCE_S:.0f} s; see what it told")
-
 
     def wait(self) -> None:
         """Let the others work for a moment, and `look`."""

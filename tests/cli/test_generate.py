@@ -187,10 +187,10 @@ def test_a_job_that_was_stopped_goes_on_and_ends_as_if_it_never_had(
     with monkeypatch.context() as patch:
         write = OutputFolder.write
 
-        def stopped_write(self: OutputFolder, group: list) -> None:
+        def stopped_write(self: OutputFolder, group: list, *facts: object) -> None:
             if group[0].prompt_index == after:
                 raise KeyboardInterrupt
-            write(self, group)
+            write(self, group, *facts)
 
         patch.setattr(OutputFolder, "write", stopped_write)
         assert draw("--prompts", forty, *LONG, "--out", "o") == 130
@@ -277,9 +277,9 @@ def test_a_preview_is_there_while_it_draws(
 ) -> None:
     write, seen = OutputFolder.write, []
 
-    def write_and_look(self: OutputFolder, group: list) -> None:
+    def write_and_look(self: OutputFolder, group: list, *facts: object) -> None:
         seen.append((self.path / "preview.png").is_file())
-        write(self, group)
+        write(self, group, *facts)
 
     monkeypatch.setattr(OutputFolder, "write", write_and_look)
     assert draw("x", "--n", 1, "--preview", "--out", "o") == 0

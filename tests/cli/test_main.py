@@ -48,7 +48,9 @@ def test_an_unknown_option_exits_2(verb: str, fails) -> None:
     needed = {
         "make_dataset": ["shapes"], "train_tokenizer": out, "make_pipeline": out, "benchmark": ["data"],
         "export": ["run", *out], "caption": ["a.png"], "edit": ["in.png", "--vary", "0.5"],
-        "diagnose": ["model", "data"],
+        "diagnose": ["model", "data"], "upscale": ["a.png"], "compare": ["a"], "gate": ["model"],
+        "probe": ["model", "data"],
+        "import_checkpoint": ["clip", "weights.pt", *out],
     }  # fmt: skip
     assert "--no-such-option" in fails(verb, *needed.get(verb, []), "--no-such-option")
 

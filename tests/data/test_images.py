@@ -61,6 +61,15 @@ def test_the_first_variant_is_the_plain_picture_and_all_differ(variants: str, n:
             assert np.array_equal(picture[:, ::-1], mirrored)
 
 
+def test_quarters_of_a_picture_of_twice_the_size_are_its_own_pixels() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    quarters = [image[:32, :32], image[:32, 32:], image[32:, :32], image[32:, 32:]]
+    expected = [fit_square(image, 32)] * 4 + quarters  # both sizes alike often
+    assert n_variants("quarters") == len(expected)
+    for index, picture in enumerate(expected):
+        assert np.array_equal(fit_variant(image, 32, "quarters", index), picture)
+
+
 def test_corner_crops_hold_their_corner_of_the_square_and_lose_the_opposite_one() -> None:
     image = np.full((110, 150, 3), 100, np.uint8)  # the centred square is columns 20 to 130
     corners = {1: (0, 0), 2: (0, 1), 3: (1, 0), 4: (1, 1)}

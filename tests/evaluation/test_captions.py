@@ -2,7 +2,7 @@ import pytest
 
 from vqt2i.data.shapes import draw_scene, held_out_in, render
 from vqt2i.errors import DataError, PromptError
-from vqt2i.evaluation.captions import CaptionProtocol, draw_scenes, measure_captions, score_captions
+from vqt2i.evaluation.captions import CaptionProtocol, draw_scenes, judge_captions, measure_captions
 from vqt2i.generation import BeamConfig, ImageCaption
 
 
@@ -36,17 +36,19 @@ def test_a_caption_is_right_when_all_it_states_is_true_and_all_objects_are_state
     first, second = f"a {a.colour} {a.shape}", f"a {b.colour} {b.shape}"
     right = [f"{first} above {second}", f"{second} below {first} on {scene.background}"]
     wrong = [f"{first} below {second}", first, f"{first} above {second} on a purple background", "nothing at all", ""]
-    assert score_captions(right, [picture] * 2).right == 1
-    found = [score_captions([text], [picture]) for text in wrong]
-    assert [f.right for f in found] == [0] * 5 and [f.sentence for f in found] == [1, 1, 0, 0, 0]
-    assert found[1].colour_shape == 1
+    assert judge_captions(right, [picture] * 2)["right"].tolist() == [1, 1]
+    found = judge_captions(wrong, [picture] * 5)
+    assert found["right"].tolist() == [0] * 5 and found["sentence"].tolist() == [1, 1, 0, 0, 0]
+    assert found["colour_shape"][1] == 1
 
 
 def test_measuring_counts_right_captions_of_each_kind() -> None:
     thing = draw_scenes("single_seen", 1, 0)[0].objects[0]
     speaker = Speaker(f"{thing.colour} {thing.shape}")
-    results = measure_captions(speaker, CaptionProtocol(("single_seen", "two_seen"), 4, 0, BeamConfig()))
-    assert 0.25 <= results["single_seen"].right <= 1 and results["two_seen"].right == 0
+    rows = measure_captions(speaker, CaptionProtocol(("single_seen", "two_seen"), 4, 0, BeamConfig()))
+    right = {row.where["scenes"]: row.value for row in rows if row.name == "right"}
+    assert 0.25 <= right["single_seen"] <= 1 and right["two_seen"] == 0
+    assert {row.name for row in rows} == {"right", "colour_shape", "sentence"} and {row.n for row in rows} == {4}
 
 
 @pytest.mark.parametrize("bad", [{"kinds": ("nonsense",)}, {"n_scenes": 0}])

@@ -34,8 +34,8 @@ def all_log_p(gpt: GPT, image_I: Tensor) -> dict[tuple[int, ...], float]:
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_a_search_wide_enough_finds_the_best_of_all_texts(make_gpt, gpt_kind: dict, exponent: float) -> None:
-    gpt = make_gpt(**gpt_kind, **SIZES)
+def test_a_search_wide_enough_finds_the_best_of_all_texts(make_gpt, two_way_kind: dict, exponent: float) -> None:
+    gpt = make_gpt(**two_way_kind, **SIZES)
     found = beam_search(gpt, images(), 5, BeamConfig(n_beams=27, length_exponent=exponent))
     for image_I, texts in zip(images(), found, strict=True):
         values = all_log_p(gpt, image_I)

@@ -44,7 +44,7 @@ def gpt(make_gpt) -> GPT:
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("positions", ["rotary", "rotary_image", "learned"])
 def test_steps_of_fixed_shapes_draw_what_plain_steps_draw(make_gpt, sampling: SamplingConfig, positions: str) -> None:
     gpt = make_gpt(positions)
     engine = CompiledEngine(gpt, uncompiled)

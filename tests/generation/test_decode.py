@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from vqt2i.generation.decode import Job, decode_image_ids, uniforms
+from vqt2i.generation.native import NativeGPT
+from vqt2i.generation.rerank import caption_scores
 from vqt2i.generation.rows import Mixed
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT
+from vqt2i.nn.sparsity import PivotWindowConfig
 from vqt2i.text import pad_texts
 
+PIVOTS = PivotWindowConfig(n_pivots=2, block_size=2, n_blocks=1)
 TEXTS = [(1, 2, 3), (), (1, 2, 3), (9, 8)]
 JOBS = [Job(text, prompt, image) for prompt, text in enumerate(TEXTS) for image in range(3)]
 # beside plain ones some with another negative prompt, some mixed, some both
@@ -209,3 +213,39 @@ def test_a_text_that_is_too_long_is_read_up_to_the_length(gpt: GPT) -> None:
     long, short = Job((1, 2, 3, 4, 5, 6, 7), 0, 0), Job((1, 2, 3, 4, 5), 0, 0)
     a, b = (decode_image_ids(gpt, [job], SETTINGS[1], seed=5) for job in (long, short))
     assert torch.equal(a, b)
+
+
+def told_captions(gpt: GPT | NativeGPT, jobs: list[Job], sampling: SamplingConfig) -> tuple[torch.Tensor, dict]:
+    """The drawn ids, and the caption scores that were told while they were drawn."""
+    scores: dict[Job, float] = {}
+    ids_BHW = decode_image_ids(gpt, jobs, sampling, seed=0, rows_at_once=5, on_caption=scores.__setitem__)
+    return ids_BHW, scores
+
+
+@pytest.mark.parametrize("engine", ["plain", "native"])
+@pytest.mark.parametrize("sampling", [s for s in SETTINGS if s.guidance != 1], ids=str)
+@pytest.mark.parametrize("gpt_kind", ["rotary", "learned", "minDALL-E", "CogView"], indirect=True)
+def test_caption_scores_told_while_drawing_are_those_of_a_pass_over_everything(
+    make_gpt, gpt_kind: dict, sampling: SamplingConfig, engine: str
+) -> None:
+    gpt = make_gpt(**gpt_kind, null_condition="image_first")
+    ids_BHW, told = told_captions(gpt if engine == "plain" else NativeGPT(gpt, "fp32"), JOBS, sampling)
+    assert ids_BHW.equal(decode_image_ids(gpt, JOBS, sampling, seed=0))
+    expected = caption_scores(gpt, ids_BHW, [job.condition for job in JOBS])
+    torch.testing.assert_close(torch.tensor([told[job] for job in JOBS]), expected)
+
+
+@pytest.mark.parametrize(
+    "kind, beside, sampling",
+    [
+        ({}, {}, SamplingConfig(guidance=2.0)),  # its null is an empty text
+        ({"null_condition": "image_first"}, {}, SamplingConfig(guidance=1.0)),
+        ({"null_condition": "image_first"}, {"negative": (4, 5)}, SamplingConfig(guidance=2.0)),
+        ({"null_condition": "image_first"}, {}, SamplingConfig(guidance=2.0, jacobi_window=3)),
+        ({"null_condition": "image_first", "sparsity": PIVOTS}, {}, SamplingConfig(guidance=2.0)),
+    ],
+    ids=str,
+)
+def test_where_guidance_reads_no_image_first_no_caption_score_is_told(make_gpt, kind, beside, sampling) -> None:
+    jobs = [job._replace(**beside) for job in JOBS]
+    assert told_captions(make_gpt(**kind), jobs, sampling)[1] == {}

@@ -23,11 +23,17 @@ PRECISIONS = ("fp32", "bf16", "int8")
 # a padded text and a longer one with three images each, a third with one
 GROUPS = [(pad_texts([[1, 2], [3, 4, 5]], 4), 3), (pad_texts([[]], 1), 1)]
 N_ROWS = 7
+SIZES = {"n_image_ids": 70, "grid_height": 4, "grid_width": 3}
 
 
 @pytest.fixture
 def gpt(gpt_kind: dict, make_gpt: Callable[..., GPT]) -> GPT:
-    return make_gpt(**gpt_kind, n_image_ids=70, grid_height=4, grid_width=3)
+    return make_gpt(**gpt_kind, **SIZES)
+
+
+@pytest.fixture
+def two_way_gpt(two_way_kind: dict, make_gpt: Callable[..., GPT]) -> GPT:
+    return make_gpt(**two_way_kind, **SIZES)
 
 
 def ids(gpt: GPT, n_rows: int = N_ROWS) -> Tensor:
@@ -168,16 +174,16 @@ def test_nothing_of_the_gpt_changes(gpt: GPT, precision: str) -> None:
 TEXTS = [[1, 2], [], [3, 4, 5, 6, 7], [8]]
 
 
-def test_fp32_captions_are_scored_as_the_gpt_scores_them(gpt: GPT) -> None:
-    image_BHW = ids(gpt, 4).unflatten(1, (4, 3))
-    expected = caption_scores(gpt, image_BHW, TEXTS)
-    torch.testing.assert_close(caption_scores(NativeGPT(gpt, "fp32"), image_BHW, TEXTS), expected)
+def test_fp32_captions_are_scored_as_the_gpt_scores_them(two_way_gpt: GPT) -> None:
+    image_BHW = ids(two_way_gpt, 4).unflatten(1, (4, 3))
+    expected = caption_scores(two_way_gpt, image_BHW, TEXTS)
+    torch.testing.assert_close(caption_scores(NativeGPT(two_way_gpt, "fp32"), image_BHW, TEXTS), expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_captions_scored_in_lower_precisions_stay_close_and_depend_on_no_neighbour(gpt: GPT, precision: str) -> None:
-    image_BHW, native = ids(gpt, 4).unflatten(1, (4, 3)), NativeGPT(gpt, precision)
-    found, exact = (caption_scores(model, image_BHW, TEXTS) for model in (native, gpt))
+def test_captions_scored_in_lower_precisions_stay_close_and_depend_on_no_neighbour(two_way_gpt, precision) -> None:
+    image_BHW, native = ids(two_way_gpt, 4).unflatten(1, (4, 3)), NativeGPT(two_way_gpt, precision)
+    found, exact = (caption_scores(model, image_BHW, TEXTS) for model in (native, two_way_gpt))
     assert (found - exact).abs().max() < 0.1 and found.argsort().equal(exact.argsort())
     for row, text in enumerate(TEXTS):
         torch.testing.assert_close(caption_scores(native, image_BHW[row : row + 1], [text])[0], found[row])

@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqt2i.checkpoint import load_model, save_model
+from vqt2i.checkpoint import CARD, load_model, read_card, save_model
 from vqt2i.data.images import GREY
 from vqt2i.errors import CheckpointError, PromptError
 from vqt2i.generation import Mix, SamplingConfig, TextToImage
@@ -36,6 +37,40 @@ def test_what_write_pipeline_writes_draws_the_same_pictures(
     assert copy.fingerprints == pipeline.fingerprints and copy.config == pipeline.config
     for a, b in zip(copy.generate(PROMPTS, n=2), pipeline.generate(PROMPTS, n=2), strict=True):
         assert np.array_equal(a.image_HW3, b.image_HW3) and a.prompt == b.prompt
+
+
+def test_a_snapshot_of_a_hub_is_a_pipeline_folder(model_folders: Path, tmp_path: Path, pipeline: TextToImage) -> None:
+    # as huggingface_hub lays it out: every file a link into a store of contents
+    snapshot, blobs = tmp_path / "snapshots" / "4f1c", tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(p for p in model_folders.rglob("*") if p.is_file()):
+        link = snapshot / path.relative_to(model_folders)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blobs / str(number))
+        link.symlink_to(blobs / str(number))
+    (snapshot / ".gitattributes").write_text("*.safetensors filter=lfs")
+    assert TextToImage.load(snapshot, "cpu").fingerprints == pipeline.fingerprints
+    write_pipeline(*find_parts(str(snapshot), tmp_path), tmp_path / "copy", "fp32")
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
+    assert TextToImage.load(tmp_path / "copy", "cpu").fingerprints == pipeline.fingerprints
+
+
+@pytest.mark.parametrize(("licences", "told"), [
+    ({"vq": "MIT", "gpt": "MIT"}, "license: mit"),
+    ({"vq": "MIT", "gpt": "Apache-2.0"}, None),
+    ({"vq": "MIT"}, None),
+])  # fmt: skip
+def test_its_readme_says_the_licence_where_all_parts_have_one(
+    model_folders: Path, tmp_path: Path, licences: dict[str, str], told: str | None
+) -> None:
+    folders, config = find_parts(str(shutil.copytree(model_folders, tmp_path / "p")), tmp_path)
+    for part, licence in licences.items():
+        card = read_card(folders[part]) | {"licence": licence, "source": {"file": "a.pt", "repository": "https://x"}}
+        (folders[part] / CARD).write_text(json.dumps(card))
+    write_pipeline(folders | {"clip": None}, config, tmp_path / "copy", "fp32")
+    head, body = (tmp_path / "copy" / "README.md").read_text().split("---\n")[1:]
+    assert (told in head if told else "license" not in head) and "library_name: vqt2i" in head
+    assert f"- `vq/` {read_card(folders['vq'])['fingerprint'][:8]}, from a.pt of https://x, licence MIT" in body
 
 
 def test_a_bf16_pipeline_is_smaller_and_loads(model_folders: Path, tmp_path: Path, pipeline: TextToImage) -> None:

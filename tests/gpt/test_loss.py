@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqt2i.gpt import GPT, LossWeights, caption_log_probability, gpt_loss
+from vqt2i.gpt import GPT, HeadConfig, LossWeights, caption_log_probability, gpt_loss
 from vqt2i.gpt.loss import token_nll
 from vqt2i.text import TextBatch, pad_texts
 
@@ -121,6 +121,23 @@ def test_under_bf16_the_loss_is_close_to_that_in_fp32(gpt: GPT, image_BI: Tensor
         found = gpt_loss(gpt, pad_texts(TEXTS, 5), image_BI, 2, WEIGHTS).total
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+
+
+def test_of_bare_texts_all_ids_but_the_first_are_predicted(make_gpt, image_BI: Tensor) -> None:
+    gpt, text = make_gpt("learned", padding="bare", head=HeadConfig(norm=True, bias=True)), pad_texts(TEXTS, 5)
+    loss = gpt_loss(gpt, text, image_BI, 0, WEIGHTS)
+    hidden = gpt(gpt.layout.join(text, image_BI))
+    nll = [
+        token_nll(gpt.text_logits(hidden[row, : len(ids) - 1])[None], torch.tensor([ids[1:]]))[0].flatten()
+        for row, ids in enumerate(TEXTS) if len(ids) > 1
+    ]  # fmt: skip
+    torch.testing.assert_close(loss.text, torch.cat(nll).mean())
+    image_nll, _ = token_nll(gpt.image_logits(hidden[:, 4:-1]), image_BI)
+    torch.testing.assert_close(loss.image, image_nll.mean())
+    loss.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gpt.parameters())
+    empty = gpt_loss(gpt, pad_texts([[], []], 5), image_BI[:2], 0, WEIGHTS)
+    assert empty.total.isfinite() and empty.text == 0
 
 
 def test_learned_padding_is_seen_by_the_image_and_never_predicted(make_gpt, image_BI: Tensor) -> None:

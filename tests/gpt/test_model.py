@@ -99,6 +99,8 @@ def test_what_stands_in_the_padding_changes_nothing(make_gpt) -> None:
 @torch.no_grad()
 def test_a_later_token_changes_no_earlier_state(make_gpt, gpt_kind: dict, method: str) -> None:
     gpt = make_gpt(**gpt_kind)
+    if method == "join_reversed" and not gpt.layout.has_marks:
+        pytest.skip("bare texts have one order")
     sequences = getattr(gpt.layout, method)(pad_texts([[1, 2, 3, 4, 5]], 5), images(1))
     before = gpt(sequences)
     for index in range(1, gpt.layout.length):
@@ -241,5 +243,5 @@ def test_an_odd_width_of_heads_is_for_learned_positions_only(make_gpt) -> None:
     odd = TransformerConfig(width=30, n_layers=2, n_heads=6, mlp_width=48)
     gpt = make_gpt("learned", transformer=odd)
     assert gpt(gpt.layout.join(pad_texts(TEXTS, 5), images(4))).isfinite().all()
-    with pytest.raises(ValueError, match="positions rotary: heads are 5 wide, expected an even width"):
+    with pytest.raises(ValueError, match="positions rotary: heads are 5 wide, expected a multiple of 2"):
         make_gpt(transformer=odd)

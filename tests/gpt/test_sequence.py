@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqt2i.gpt import LayoutConfig, SequenceLayout
+from vqt2i.gpt import LayoutConfig, LowResolutionCondition, SequenceLayout
 from vqt2i.text import pad_texts
 
 LAYOUT = SequenceLayout(LayoutConfig(n_text_ids=10, n_image_ids=6, text_length=3, grid_height=2, grid_width=2))
@@ -30,6 +30,25 @@ def test_text_to_image_by_hand() -> None:
     image_positions = [[0, 1, 1], [0, 1, 2], [0, 2, 1], [0, 2, 2]]
     text_axis = [[0, 0, 1, 2, 3, 0], [0, 0, 0, 0, 1, 0], [0, 1, 2, 3, 4, 0]]
     assert sequences.positions_BLA.tolist() == [[[k, 0, 0] for k in row] + image_positions for row in text_axis]
+
+
+def test_low_resolution_to_image_by_hand() -> None:
+    config = LAYOUT.config.model_copy(update={"grid_width": 4})
+    layout = SequenceLayout(config, LowResolutionCondition())
+    assert (layout.low_length, layout.prefix_length, layout.length, layout.n_ids) == (2, 8, 16, LAYOUT.n_ids)
+    low = torch.tensor([[4, 0], [1, 1], [5, 3]])
+    prefix = layout.low_resolution_prefix(TEXT, low)
+    assert prefix.ids_BL.tolist() == [
+        [PAD, T2I, 7, 8, EOT, 15, 11, BOI],
+        [PAD, PAD, PAD, T2I, EOT, 12, 12, BOI],
+        [T2I, 1, 2, 3, EOT, 16, 14, BOI],
+    ]
+    assert prefix.real_BL.tolist() == [[0] + [1] * 7, [0] * 3 + [1] * 5, [1] * 8]
+    # behind the last place of the text axis (EOT of three ids is at 4), each where the first of its four ids stands
+    assert prefix.positions_BLA[:, 5:].tolist() == [[[5, 1, 1], [5, 1, 3], [0, 0, 0]]] * 3
+    whole = prefix.then(layout.image_part(torch.zeros(3, 8, dtype=torch.long)))
+    assert layout.image_index(whole).tolist() == [[-1] * 8 + list(range(8))] * 3
+    assert layout.place_index(whole).tolist() == [[-1] * 5 + [0, 2, -1] + list(range(8))] * 3
 
 
 def test_image_to_text_by_hand() -> None:
@@ -126,3 +145,38 @@ def test_learned_padding_fills_up_texts_that_are_padded_less() -> None:
     layout = SequenceLayout(LAYOUT.config.model_copy(update={"padding": "learned"}))
     short, whole = (layout.text_prefix(pad_texts([[7], []], length)) for length in (1, 3))
     assert all(torch.equal(*pair) for pair in zip(short[:3], whole[:3], strict=True))
+
+
+def test_bare_texts_by_hand() -> None:
+    layout = SequenceLayout(LAYOUT.config.model_copy(update={"padding": "bare"}))
+    first, p1, p2, p3 = 10, 16, 17, 18
+    assert (layout.first_image_id, layout.first_learned_pad, layout.n_targets, layout.n_ids) == (first, p1, 16, 19)
+    assert (layout.prefix_length, layout.length) == (3, 3 + 4) and not layout.has_marks
+    sequences = layout.join(TEXT, IMAGE)
+    assert sequences.ids_BL[:, :3].tolist() == [[7, 8, p3], [p1, p2, p3], [1, 2, 3]]
+    assert torch.equal(sequences.ids_BL[:, 3:], IMAGE + first) and sequences.real_BL.all()
+    assert sequences.positions_BLA[:, :3].tolist() == [[[k, 0, 0] for k in (1, 2, 3)]] * 3
+    at = layout.image_targets(reversed_order=False)
+    assert torch.equal(sequences.ids_BL[:, at.start + 1 : at.stop + 1], IMAGE + first)
+    assert layout.text_targets(reversed_order=False) == slice(0, 2)
+    short, whole = (layout.text_prefix(pad_texts([[7], []], length)) for length in (1, 3))
+    assert all(torch.equal(*pair) for pair in zip(short[:3], whole[:3], strict=True))
+
+
+def test_a_null_that_is_image_first_reads_the_image_as_the_reversed_order_does() -> None:
+    layout = SequenceLayout(LAYOUT.config.model_copy(update={"null_condition": "image_first"}))
+    found, others, behind = layout.join(TEXT, IMAGE), LAYOUT.join(TEXT, IMAGE), LAYOUT.join_reversed(TEXT, IMAGE)
+    assert found.ids_BL[1].tolist() == [PAD] * 5 + [I2T, 14, 14, 11, 15]
+    assert found.real_BL[1].tolist() == [0] * 5 + [1] * 5
+    assert found.ids_BL[1, 5:].equal(behind.ids_BL[1, :5])
+    assert found.positions_BLA[1, 5:].equal(behind.positions_BLA[1, :5])
+    for part, other in zip(found[:3], others[:3], strict=True):
+        assert part[::2].equal(other[::2])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"padding": "learned"}, {"padding": "bare"}, {"n_text_ids": 0, "text_length": 0}], ids=str
+)
+def test_a_null_that_is_image_first_is_of_texts_with_masked_padding(sizes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="null_condition image_first: found"):
+        LayoutConfig(**LAYOUT.config.model_dump() | {"null_condition": "image_first"} | sizes)

@@ -42,13 +42,23 @@ def test_an_earlier_result_stays_as_it_was_when_more_is_computed() -> None:
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("batch", [2, 16, 17, 33])
+@torch.inference_mode()
+def test_a_sequence_comes_out_the_same_beside_any_number_of_others_bit_by_bit(batch: int, precision: str) -> None:
+    torch.manual_seed(0)
+    config, x_BLD = CONFIGS["CLIP"], torch.randn(batch, 1, 96)
+    native = NativeTransformer(Transformer(config), config, precision)
+    assert native(x_BLD).equal(torch.cat([native(x_1LD) for x_1LD in x_BLD.split(1)]))
+
+
 def test_a_matrix_is_packed_panel_by_panel_and_word_by_word() -> None:
     weight_OI = torch.arange(70 * 3).reshape(70, 3).float()
     words, scale = pack(weight_OI, "bf16")
-    assert words.shape == (2, 2, 64, 2) and words.dtype == torch.bfloat16 and scale is None
+    assert words.shape == (2, 16, 64, 2) and words.dtype == torch.bfloat16 and scale is None
     for o, i in itertools.product((0, 5, 63, 64, 69), range(3)):
         assert words[o // 64, i // 2, o % 64, i % 2] == weight_OI[o, i].bfloat16()
-    assert (words[:, 1, :, 1] == 0).all() and (words[1, :, 6:] == 0).all()
+    assert (words[:, 1, :, 1] == 0).all() and (words[:, 2:] == 0).all() and (words[1, :, 6:] == 0).all()
     words, scale = pack(weight_OI, "int8")
     assert words.dtype == torch.uint8 and len(scale) == 128
     restored = (words[0, 0, :, :3].float() - 128) * scale[:64, None]

@@ -7,14 +7,16 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqt2i.checkpoint import WEIGHTS, load_model
+from vqt2i.checkpoint import WEIGHTS
 from vqt2i.config import load_config
-from vqt2i.data.shards import DataSet
+from vqt2i.data.pairs import Pair
+from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.training.clip import CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTRunConfig, train_gpt
+from vqt2i.training.prior import PriorRunConfig, train_prior
 from vqt2i.training.start import Resume
 from vqt2i.training.vqgan import VQGANRunConfig, train_vqgan
-from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
+from vqt2i.vq import load_image_tokenizer
 
 TRANSFORMER = "{width: 32, n_layers: 2, n_heads: 2, mlp_width: 48}"
 TRAINER = "{max_steps: 10, batch_size: 8, validate_every_steps: 5, n_validation_samples: 7, precision: fp32}"
@@ -55,6 +57,9 @@ def overrides(tiny_dataset: DataSet, model_folders: Path) -> dict[str, list[str]
             *every, text, f"training.optimizer={OPTIMIZER}", f"vision={TRANSFORMER}", f"text={TRANSFORMER}",
             "text_length=12", "image_size_px=16", "embedding_width=16",
         ],
+        "prior": [
+            *every, text, f"training.optimizer={OPTIMIZER}", f"scorer={model_folders / 'clip'}", "hidden_width=24",
+        ],
     }  # fmt: skip
 
 
@@ -70,11 +75,23 @@ def train(overrides: dict[str, list[str]], tmp_path: Path) -> Callable[..., Path
             return train_vqgan(load_config(VQGANRunConfig, None, values), runs, resume=resume)
         if stage == "clip":
             return train_clip(load_config(CLIPRunConfig, None, values), runs, resume=resume)
+        if stage == "prior":
+            return train_prior(load_config(PriorRunConfig, None, values), runs, resume=resume)
         config = load_config(GPTRunConfig, None, values)
-        vq = load_model(config.image_tokenizer, ImageTokenizerConfig, ImageTokenizer)
+        vq = load_image_tokenizer(config.image_tokenizer)
         return train_gpt(config, config.image_tokenizer, vq, runs, resume=resume, deepspeed=deepspeed)
 
     return run
+
+
+@pytest.fixture
+def labelled(tiny_dataset: DataSet, tmp_path: Path) -> DataSet:
+    """The coloured squares without captions, their colours as classes."""
+    splits = {
+        name: [Pair(p.key, p.image_HW3, {}, label=p.captions["en"][0].split()[1]) for p in tiny_dataset.split(name)]
+        for name in ("train", "val")
+    }
+    return write_dataset(tmp_path / "labelled", splits, shard_size=5)
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from tokenizers import Tokenizer, models, pre_tokenizers
 from vqt2i.checkpoint import load_model, read_card, save_model
 from vqt2i.cli import main
-from vqt2i.clip import CLIP, embed_images, embed_texts
+from vqt2i.clip import CLIP, CLIPConfig, embed_images, embed_texts
+from vqt2i.clip.model import ClassReadout, EndReadout
 from vqt2i.config import load_config
 from vqt2i.data.images import fit_variant, to_tensor
 from vqt2i.data.pairs import Pair
@@ -25,7 +27,9 @@ from vqt2i.generation.pipeline import TextToImage
 from vqt2i.generation.prompts import Picture
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LabelCondition, LossWeights, VectorCondition, gpt_loss
+from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import pad_texts
+from vqt2i.text.huggingface import HuggingFaceTokenizer
 from vqt2i.training.batches import Batch
 from vqt2i.training.conditions import Conditioner, EmbeddingCondition, as_vectors
 from vqt2i.training.encode import encode_dataset
@@ -263,6 +267,29 @@ def test_a_text_tokenizer_that_is_not_the_scorers_is_refused(train, embedding) -
         train("gpt", *embedding, "text_tokenizer=tokenizers/bilingual.model")
 
 
+def test_a_scorer_with_a_tokenizer_of_its_own_serves_too(train, tmp_path: Path) -> None:
+    words = ["a", "red", "green", "blue", "yellow", "square", "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    content = tokenizer.to_str().encode()
+    tower = TransformerConfig(width=32, n_layers=1, n_heads=2, norm="layer", mlp="gelu_quick", bias=True, qk_norm=False)
+    config = CLIPConfig(
+        image_size_px=8, patch_size_px=4, text_length=5, n_text_ids=len(words), vision=tower, text=tower,
+        embedding_width=12, text_tokenizer=HuggingFaceTokenizer(content, "t").fingerprint,
+        image_readout=ClassReadout(), text_readout=EndReadout(start_id=6, end_id=7), pixel_mean=(0.4, 0.5, 0.6),
+    )  # fmt: skip
+    folder = tmp_path / "clip"
+    save_model(folder, CLIP(config), config, {"kind": "clip"})
+    (folder / "tokenizer.json").write_bytes(content)
+    scorer = ["condition.kind=embedding", f"condition.scorer={folder}", f"text_tokenizer={folder}"]
+    run = train("gpt", *scorer, *NO_TEXT, "condition.n_shift_pairs=8")
+    pipeline = open_pipeline(str(run), tmp_path, "cpu")
+    assert pipeline.text.encode("a red square") == pipeline.clip_text.encode("a red square") == [0, 1, 5]
+    assert pipeline.gpt.config.condition.width == 12 and pipeline.gpt.reader.text_shift.norm() > 0
+    (best,) = pipeline.generate("a red square a red square", rerank=2)
+    assert set(best.scores) == {"clip"} and best.n_truncated == 1
+
+
 def test_a_model_is_planned_by_the_width_of_a_scorer_yet_to_be_trained() -> None:
     sizes = "sizes={n_text_ids: 9, n_image_ids: 8, grid_height: 2, grid_width: 2}"
     config = load_config(GPTRunConfig, None, [sizes, "condition={kind: embedding, width: 512}", *NO_TEXT])
@@ -297,5 +324,5 @@ def test_pictures_that_cannot_be_read_or_drawn_from_are_told(model_folders: Path
 
 def test_no_caption_scores_where_no_text_is_read(trained: Path, tmp_path: Path) -> None:
     pipeline = open_pipeline(str(trained), tmp_path, "cpu")
-    with pytest.raises(PromptError, match="this GPT reads no text; use the scorer 'clip'"):
+    with pytest.raises(PromptError, match="this GPT predicts no text from an image; use the scorer 'clip'"):
         pipeline.generate("a red square", rerank=2, scorer="both")

@@ -12,6 +12,7 @@ from vqt2i.cli import main
 from vqt2i.errors import ConfigError
 from vqt2i.generation.engine import Engine
 from vqt2i.gpt import GPT
+from vqt2i.origin import describe_origin
 from vqt2i.runtime import best_rate
 from vqt2i.training.compare import llama
 from vqt2i.training.decoding import compare
@@ -21,7 +22,6 @@ from vqt2i.training.decoding.contestants import MODES, our_drawing, their_drawin
 from vqt2i.training.decoding.records import Measured, Row
 from vqt2i.training.decoding.report import markdown
 from vqt2i.training.decoding.scaling import fit, grid_of
-from vqt2i.training.record import describe_origin
 
 CPU = torch.device("cpu")
 RATES = Rates(bandwidth=1e9, products={"fp32": 1e12, "bf16": 2e12, "int8": 4e12})

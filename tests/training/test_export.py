@@ -29,7 +29,7 @@ def exports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "exports"
 
 
-@pytest.mark.parametrize("stage", ["vqgan", "gpt", "clip"])
+@pytest.mark.parametrize("stage", ["vqgan", "gpt", "clip", "prior"])
 def test_every_checkpoint_is_exported_as_the_run_itself_did(stage: str, train, exports: Path, tmp_path: Path) -> None:
     run = train(stage, *EVERY_STEPS)
     for step in (4, 8, 10):

@@ -9,7 +9,7 @@ from vqt2i.data.shards import DataSet
 from vqt2i.errors import ConfigError
 from vqt2i.generation.find import open_pipeline
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, LossWeights, gpt_loss
+from vqt2i.gpt import GPT, GPTConfig, LossWeights, TextCondition, gpt_loss
 from vqt2i.text import TextBatch, pad_texts
 from vqt2i.training.batches import Batch
 from vqt2i.training.gpt import GPTModule, GPTTrainingConfig, example_prompts
@@ -118,12 +118,25 @@ def test_a_trained_run_opens_as_a_pipeline_with_its_own_prompts_and_sampling(
     pipeline = open_pipeline(None, tmp_path / "runs", "cpu")
     assert pipeline.gpt.fingerprint == card["fingerprint"] and pipeline.clip is not None
     assert pipeline.config.sampling.guidance == 3.5
-    assert pipeline.config.example_prompts == tuple(example_prompts(tiny_dataset.split("val")))
+    assert pipeline.config.example_prompts == tuple(example_prompts(TextCondition(), tiny_dataset.split("val")))
     assert len(pipeline.generate(["a red square"], n=2, rerank=3)) == 2
 
 
+def test_bare_texts_and_a_head_with_a_norm_train_go_on_and_are_drawn_from(train, weights, tmp_path: Path) -> None:
+    kind = ("padding=bare", "head={norm: true, bias: true}", "positions=learned", "training.reversed_share=0")
+    folder = train("gpt", "name=bare", "trainer.max_steps=2", *kind)
+    more = train("gpt", "name=more", "trainer.max_steps=1", f"training.start_from={folder}", *kind)
+    before, after = weights(folder), weights(more)
+    assert before.keys() == after.keys() >= {"head.norm.weight", "head.bias"}
+    assert not torch.equal(before["head.bias"], after["head.bias"])
+    drawn = open_pipeline(str(folder), tmp_path / "runs", "cpu").generate(["a red square"], n=2)
+    assert len(drawn) == 2
+    with pytest.raises(ConfigError, match="padding bare has no order image → text"):
+        train("gpt", *kind, "training.reversed_share=0.1")
+
+
 def test_example_prompts_take_the_languages_in_turn(tiny_dataset: DataSet) -> None:
-    prompts, split = example_prompts(tiny_dataset.split("val"), 3), tiny_dataset.split("val")
+    prompts, split = example_prompts(TextCondition(), tiny_dataset.split("val"), 3), tiny_dataset.split("val")
     assert prompts == [split.captions(0)["en"][0], split.captions(1)["zh"][0], split.captions(2)["en"][0]]
 
 

@@ -37,6 +37,7 @@ from vqt2i.training.strategy import DeepSpeedConfig, deepspeed_json
 ROOT = Path(__file__).parents[2]
 PUBLISHED = {
     "mindalle_1_3b": 1.3e9,
+    "igpt": 76e6,
     "llamagen_b": 111e6,
     "llamagen_l": 343e6,
     "llamagen_xl": 775e6,

@@ -1,7 +1,6 @@
 """run.json: what a run says of itself."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from vqt2i.data.shards import DataSet
 from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.text import TextTokenizer
 from vqt2i.training.clip import CLIPRunConfig
-from vqt2i.training.record import NAME, RunRecord, git_commit, read_record, write_record
+from vqt2i.training.record import NAME, RunRecord, read_record, write_record
 
 
 def test_a_run_says_what_was_run_on_what_and_from_which_step(
@@ -42,26 +41,6 @@ def test_it_is_read_as_it_was_written_and_strictly(tmp_path: Path) -> None:
     (tmp_path / NAME).unlink()
     with pytest.raises(CheckpointError, match=r"run\.json: cannot be read"):
         read_record(tmp_path)
-
-
-def test_the_commit_is_that_of_the_code_and_marks_changes(tmp_path: Path) -> None:
-    def git(*words: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(
-            ["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    assert git_commit(tmp_path) is None
-    git("init", "-q")
-    assert git_commit(tmp_path) is None  # no commit yet
-    (tmp_path / "a.py").write_text("1")
-    git("add", "a.py")
-    git("commit", "-qm", "a")
-    assert git_commit(tmp_path) == git("rev-parse", "HEAD")
-    (tmp_path / "a.py").write_text("2")
-    assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "+changes"
-    (tmp_path / "installed").mkdir()
-    assert git_commit(tmp_path / "installed") is None
 
 
 def test_a_run_whose_record_is_gone_is_not_gone_on_with(train) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from vqt2i.checkpoint import load_model, read_card, save_model
-from vqt2i.clip import CLIP, CLIPConfig
+from vqt2i.clip import CLIP, CLIPConfig, Prior, PriorConfig
 from vqt2i.config import load_config
 from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.errors import CheckpointError, ConfigError, DataError
@@ -19,6 +19,7 @@ from vqt2i.training.checkpoints import checkpoints_in, step_of
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig
 from vqt2i.training.gpt import GPTModule, GPTRunConfig
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at, learning_rate_share
+from vqt2i.training.prior import PriorModule, PriorRunConfig
 from vqt2i.training.run import TrainerConfig
 from vqt2i.training.start import new_run_folder, newest_run_folder
 from vqt2i.training.vqgan import VQGANModule, VQGANRunConfig
@@ -28,6 +29,7 @@ STAGES = {
     "vqgan": (VQGANRunConfig, VQGANModule, ImageTokenizerConfig, ImageTokenizer),
     "gpt": (GPTRunConfig, GPTModule, GPTConfig, GPT),
     "clip": (CLIPRunConfig, CLIPModule, CLIPConfig, CLIP),
+    "prior": (PriorRunConfig, PriorModule, PriorConfig, Prior),
 }
 every_stage = pytest.mark.parametrize("stage", STAGES)
 

@@ -42,6 +42,13 @@ def test_ssim_equals_the_formula_position_by_position():
     assert ssim(x, y)[0].item() == pytest.approx(np.mean(values), abs=1e-5)
 
 
+def test_ssim_is_the_same_where_products_are_made_in_bf16():
+    x = 0.5 + 0.01 * images(0)  # nearly flat: a small variance beside a large mean
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ssim(x, 0.5 + 0.01 * images(1))
+    torch.testing.assert_close(found, ssim(x, 0.5 + 0.01 * images(1)))
+
+
 def test_ssim_refuses_images_smaller_than_its_window():
     with pytest.raises(DataError, match="at least 11 px, found 8 x 8"):
         ssim(images(0, 8), images(1, 8))

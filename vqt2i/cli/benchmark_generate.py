@@ -86,13 +86,13 @@ def _measure(args: argparse.Namespace) -> Any:
     from vqt2i.config import load_config
     from vqt2i.files import write_json
     from vqt2i.generation.find import open_pipeline
+    from vqt2i.origin import describe_origin
     from vqt2i.runtime import pick_device, say
     from vqt2i.training.decoding.ceilings import RateMeter
     from vqt2i.training.decoding.compare import compare_decoding, contestants, measure_memory
     from vqt2i.training.decoding.pictures import picture_parts, rerank_parts
     from vqt2i.training.decoding.records import Measured
     from vqt2i.training.decoding.scaling import measure_scaling
-    from vqt2i.training.record import describe_origin
     from vqt2i.training.vqgan import VQGANRunConfig
 
     config = load_untrained_gpt(args.config)

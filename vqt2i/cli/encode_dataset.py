@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="SentencePiece model (default: the bilingual one)")  # fmt: skip
     parser.add_argument("--clip", type=Path, metavar="DIR", help="keep the images' embeddings by this scorer too, for "
                         "a GPT that reads them (condition.kind=embedding)")  # fmt: skip
+    parser.add_argument("--low-resolution", action="store_true", help="keep the ids of pictures of twice the image "
+                        "tokenizer's size, and of these at its size, for a GPT that draws the one from the other "
+                        "(condition.kind=low_resolution)")  # fmt: skip
     parser.add_argument("--splits", default="train,val", help="splits to encode (default: train,val)")
     parser.add_argument("--variants", default="centre", metavar="NAME", help="pictures made of each, of which training "
                         "draws one at each visit: centre (one, the default), flip, five-crop or ten-crop; flip and "
@@ -29,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vqt2i.clip.huggingface import load_scorer
+    from vqt2i.checkpoint import load_model
+    from vqt2i.clip import CLIP, CLIPConfig
     from vqt2i.config import build_config
     from vqt2i.errors import UserError
     from vqt2i.generation.find import find_image_tokenizer
@@ -44,11 +48,12 @@ def run(args: argparse.Namespace) -> None:
     dataset = open_dataset(data)
     _, vq = find_image_tokenizer(args.vq, args.runs)
     tokenizer = load_tokenizer(args.text)
-    scorer = args.clip and load_scorer(args.clip)
-    out = args.out or store_folder(dataset, vq, tokenizer, data.variants, scorer)
+    scorer = args.clip and load_model(args.clip, CLIPConfig, CLIP)
+    out = args.out or store_folder(dataset, vq, tokenizer, data.variants, scorer, args.low_resolution)
     splits = tuple(args.splits.split(","))
     store = encode_dataset(
-        dataset, vq, tokenizer, splits, out, scorer=scorer, variants=data.variants, n_workers=args.workers
-    )
+        dataset, vq, tokenizer, splits, out, scorer=scorer, low_resolution=args.low_resolution, variants=data.variants,
+        n_workers=args.workers,
+    )  # fmt: skip
     counts = [f"{name} {split.n_samples:,} samples" for name, split in store.spec.splits.items()]
     say(f"{store.folder}: {', '.join(counts)}")

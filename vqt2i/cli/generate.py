@@ -13,15 +13,18 @@ from vqt2i.cli.options import (
     add_engine_arguments,
     add_grid_argument,
     add_machine_arguments,
+    add_part_arguments,
     add_sampling_arguments,
 )
 
 if TYPE_CHECKING:
+    from vqt2i.generation import Sample, TextToImage
     from vqt2i.generation.output import OutputFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, in any language")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, in any language; of a "
+                        "model of classes, the name of one, of a model of images alone, nothing")  # fmt: skip
     parser.add_argument("--prompts", type=Path, metavar="FILE", dest="file", help="draw each line of a text file, or "
                         "the first column of a .tsv or of a table whose first column is called Prompt")  # fmt: skip
     parser.add_argument("--image", type=Path, action="append", default=[], dest="images", metavar="FILE",
@@ -35,11 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", metavar="TEXT", help="guidance leads away from this (default: from no text)")
     parser.add_argument("--mix", nargs=2, metavar=("TEXT", "SHARE"), help="mix each prompt with another text, which "
                         "gets this share, between 0 and 1, of the say")  # fmt: skip
+    parser.add_argument("--upscale", metavar="DIR", help="draw the pictures that are kept in twice their height and "
+                        "width, by this run for super-resolution (configs/gpt/superres_tiny.yaml) or pipeline "
+                        "folder")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default: 0)")
     parser.add_argument("--model", metavar="DIR", help="a pipeline folder, a GPT run, or a shipped model's name "
                         "(default: the newest in the runs folder, else the shipped one)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder, or one to go on with "
                         "(default: outputs/0001 and so on)")  # fmt: skip
+    add_part_arguments(parser)
     add_grid_argument(parser)
     add_engine_arguments(parser)
     parser.add_argument("--preview", action="store_true", help="show what is drawn while its tokens come: writes "
@@ -61,24 +68,25 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _draw(args: argparse.Namespace) -> None:
     """One process's part; alone it is all of it."""
-    from contextlib import nullcontext
+    from functools import partial
 
     from vqt2i.cli.options import placement_from, sampling_from
-    from vqt2i.generation.find import open_pipeline
-    from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder, set_aside, write_group
+    from vqt2i.generation.filling import fill_folder
+    from vqt2i.generation.find import open_pipeline, open_upscaler
+    from vqt2i.generation.output import Request, next_folder
     from vqt2i.generation.prompts import Picture, prompt_name, read_prompts
     from vqt2i.generation.samples import Mix
-    from vqt2i.processes import LOADING, Stopped, Tally, find_place, from_first
-    from vqt2i.runtime import counter, say
+    from vqt2i.processes import find_place
     from vqt2i.text import clean_text
 
     place = find_place(args.devices)
     prompts = read_prompts(args.file) if args.file else args.prompts
     pictures = [Picture.read(path) for path in args.images]
     placement = placement_from(args, place) | {"engine": args.engine, "precision": args.precision}
-    pipeline = open_pipeline(args.model, args.runs, **placement)
+    pipeline = open_pipeline(args.model, args.runs, clip=args.clip, prior=args.prior, **placement)
     if args.grid:
         pipeline = pipeline.with_grid(*args.grid)
+    upscaler = open_upscaler(args.upscale, args.runs, **placement) if args.upscale else None
     sampling = sampling_from(args, pipeline.config.sampling)
     negative, mix = args.negative and clean_text(args.negative), args.mix and Mix(clean_text(args.mix[0]), _share(args))
     examples = () if pictures else pipeline.config.example_prompts or [""]
@@ -88,54 +96,39 @@ def _draw(args: argparse.Namespace) -> None:
         **sampling.model_dump(), "negative": negative, "mix": mix, "rerank": args.rerank, "scorer": scorer,
         "seed": args.seed, "precision": pipeline.engine.precision, "grid": args.grid,
     }  # fmt: skip
-    n = args.n or min(4, args.rerank or 4)
-    request = Request([prompt_name(prompt) for prompt in prompts], n, settings, pipeline.fingerprints)
+    n, models = args.n or min(4, args.rerank or 4), pipeline.fingerprints
+    if upscaler:
+        models |= {f"upscaler's {part}": name for part, name in upscaler.fingerprints.items()}
+    request = Request([prompt_name(prompt) for prompt in prompts], n, settings, models)
 
-    outputs: OutputFolder | None = None
-
-    def open_folder() -> tuple[Path, list[int]]:
-        nonlocal outputs
-        out = args.out or next_folder(Path("outputs"))
-        outputs = OutputFolder(out, request)
-        return out, outputs.missing
-
-    out, missing = from_first(open_folder, LOADING)
-    count = args.rerank or n
     tokens_per_image = pipeline.gpt.layout.image_length
-    preview = PreviewFile(out / "preview.png") if args.preview and outputs else None
-    if outputs:
-        if preview:
-            say(f"preview: {preview.path}")
-        if len(missing) < len(prompts):
-            say(f"{out}: {len(prompts) - len(missing):,} of {len(prompts):,} prompts are there")
-    try:
-        groups = pipeline.stream(  # before anything is written: it may refuse
-            prompts, count, indices=missing[place.rank :: place.size], scorer=scorer, scored=args.rerank is not None,
-            sampling=sampling, negative=negative, mix=mix, seed=args.seed, on_preview=preview,
-            on_token=lambda n_tokens: tally.add(n_tokens),
-        )  # fmt: skip
-        with (
-            counter("drawing", len(missing) * count, unit="images") as advance,
-            Tally(lambda n_tokens: advance(n_tokens / tokens_per_image)) as tally,
-            outputs or nullcontext(),
-            preview or nullcontext(),
-        ):
-            for group in groups:
-                tally.look()  # before the last group is there, and with it the end of the first process
-                if outputs:
-                    outputs.write(group)
-                else:
-                    set_aside(out, request, group[0].prompt_index, write_group(out, request, group))
-            while outputs and outputs.n_done < len(prompts):
-                tally.wait()
-                outputs.collect()
-    except (KeyboardInterrupt, Stopped):
-        if outputs:
-            say(f"{outputs.n_drawn:,} of {len(prompts):,} prompts are in {out}; "
-                f"the same command with --out {out} goes on")  # fmt: skip
-        raise
+    stream = partial(
+        pipeline.stream, prompts, args.rerank or n, scorer=scorer, scored=args.rerank is not None, sampling=sampling,
+        negative=negative, mix=mix, seed=args.seed,
+    )  # fmt: skip
+    if upscaler:
+        enlarged = partial(_upscaled, n=n, pipeline=pipeline, upscaler=upscaler, prompts=prompts, seed=args.seed)
+        small, stream = stream, lambda **options: map(enlarged, small(**options))
+    outputs = fill_folder(
+        lambda: args.out or next_folder(Path("outputs")), request, stream, place, count=args.rerank or n,
+        tokens_per_image=tokens_per_image, preview=args.preview,
+    )  # fmt: skip
     if outputs:
         _report(outputs, tokens_per_image)
+
+
+def _upscaled(
+    group: "list[Sample]", *, n: int, pipeline: "TextToImage", upscaler: "TextToImage", prompts: list, seed: int
+) -> "list[Sample]":
+    """A prompt's candidates, the first `n` in twice their size: from their pixels where their ids are of another image
+    tokenizer."""
+    from dataclasses import replace
+
+    kept = group[:n]
+    if pipeline.vq.ids_fingerprint != upscaler.vq.ids_fingerprint:
+        kept = [replace(sample, image_ids_HW=upscaler.image_ids(sample.image_HW3).numpy()) for sample in kept]
+    text = None if isinstance(prompts[group[0].prompt_index], str) else ""  # in place of a picture's name
+    return [*upscaler.upscale(kept, text, seed=seed), *group[n:]]
 
 
 def _report(outputs: "OutputFolder", tokens_per_image: int) -> None:

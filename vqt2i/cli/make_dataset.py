@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument("--style", choices=("plain", "beach"), default="plain", help="beach: one or two objects "
                         "between sky and sand, by default 20 of each split, to teach a model a style with")  # fmt: skip
+    shapes.add_argument("--labels", choices=("shape", "colour"), help="a data set of classes: pictures of one object "
+                        "each, whose class is its shape or its colour")  # fmt: skip
 
     emoji = sources.add_parser("emoji", parents=[drawn, found, everywhere], help="colour emoji and their names")
     emoji.add_argument("--languages", default="en", metavar="LANG,LANG", help="of the names (default en)")
@@ -61,14 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     folder = sources.add_parser("folder", parents=[files, found, everywhere], help="images beside .txt files")
     folder.add_argument("folder", type=Path, metavar="DIR", help="NAME.jpg beside NAME.txt and NAME.LANG.txt, nested")
+    folder.add_argument("--labels", dest="labelled", action="store_true", default=None, help="a data set of classes: "
+                        "DIR/CLASS/NAME.jpg, captions or not")  # fmt: skip
 
     table = sources.add_parser("table", parents=[files, found, everywhere], help="CSV, TSV, JSONL or Parquet")
     table.add_argument("table", type=Path, metavar="FILE", help="paths in it are relative to it")
     table.add_argument("--image-column", default="image", metavar="NAME", help="default image")
     table.add_argument("--caption-column", action="append", metavar="[LANG=]NAME", help="default caption; repeatable")
+    table.add_argument("--label-column", metavar="NAME", help="a data set of classes: of each image's class; captions "
+                       "or not")  # fmt: skip
 
     tars = sources.add_parser("webdataset", parents=[files, found, everywhere], help="existing tars, local or http")
     tars.add_argument("urls", nargs="+", metavar="URL", help="path or address; patterns like data-{0000..0003}.tar")
+    tars.add_argument("--labels", dest="labelled", action="store_true", default=None, help="a data set of "
+                      "classes: KEY.cls, or else the \"label\" in KEY.json; captions or not")  # fmt: skip
     tars.add_argument("--val", nargs="+", metavar="URL", help="tars of the val split; the others are then all train")
 
 
@@ -77,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
 
     given = {key: value for key, value in vars(args).items() if key in BuildConfig.model_fields and value is not None}
     defaults = SHAPES_CONFIG.model_dump() if args.source == "shapes" else {}
+    if given.get("labelled") or getattr(args, "label_column", None):
+        defaults |= {"labelled": True, "captions_required": False}
     config = build_config(BuildConfig, defaults | given, "make_dataset")
     runners = {
         "shapes": _run_shapes,
@@ -97,8 +107,11 @@ def _run_shapes(args: argparse.Namespace, config: "BuildConfig", token_count: "T
     for split, count in counts.items():
         if count < (split == "train"):
             raise DataError(f"--n-{split} {count}: expected {'at least 1' if split == 'train' else '0 or more'}")
-    out = args.out or Path("data") / ("shapes" if args.style == "plain" else args.style)
-    build_shapes(out, config=config, counts=counts, seed=args.seed, style=args.style, token_count=token_count)
+    name = "shapes" if args.style == "plain" else args.style
+    out = args.out or Path("data") / (f"{args.labels}-classes" if args.labels else name)
+    build_shapes(
+        out, config=config, counts=counts, seed=args.seed, style=args.style, labels=args.labels, token_count=token_count
+    )
 
 
 def _run_emoji(args: argparse.Namespace, config: "BuildConfig", token_count: "TokenCount | None") -> None:
@@ -119,7 +132,7 @@ def _run_folder(args: argparse.Namespace, config: "BuildConfig", token_count: "T
     from vqt2i.data.build import build_dataset
     from vqt2i.data.sources import folder_items
 
-    entries = folder_items(args.folder, language=config.primary_language)
+    entries = folder_items(args.folder, language=config.primary_language, labelled=config.labelled)
     build_dataset(args.out, entries, config, source=_described(args, config, str(args.folder)), token_count=token_count)
 
 
@@ -129,7 +142,9 @@ def _run_table(args: argparse.Namespace, config: "BuildConfig", token_count: "To
 
     wanted = args.caption_column or (["caption"] if config.captions_required else [])
     columns = _caption_columns(wanted, config.primary_language)
-    entries = table_items(args.table, image_column=args.image_column, caption_columns=columns)
+    entries = table_items(
+        args.table, image_column=args.image_column, caption_columns=columns, label_column=args.label_column
+    )
     config = config.model_copy(update={"primary_language": next(iter(columns), config.primary_language)})
     build_dataset(args.out, entries, config, source=_described(args, config, str(args.table)), token_count=token_count)
 
@@ -143,9 +158,10 @@ def _run_tars(args: argparse.Namespace, config: "BuildConfig", token_count: "Tok
     if args.val and args.val_share is not None:
         raise DataError("--val and --val-share both say what val is; give one of them")
     language = config.primary_language
-    entries = tar_items(expand(args.urls), language=language, split="train" if args.val else None)
+    options = {"language": language, "labelled": config.labelled}
+    entries = tar_items(expand(args.urls), split="train" if args.val else None, **options)
     if args.val:
-        entries = chain(entries, tar_items(expand(args.val), language=language, split="val"))
+        entries = chain(entries, tar_items(expand(args.val), split="val", **options))
     source = _described(args, config, [*args.urls, *(args.val or [])])
     build_dataset(args.out, entries, config, source=source, token_count=token_count)
 

@@ -60,7 +60,9 @@ def _resume(value: str) -> str | Path:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """--guidance, --temperature and the other settings of `SamplingConfig`."""
+    """--sampling, --guidance, --temperature and the other settings of `SamplingConfig`."""
+    parser.add_argument("--sampling", type=Path, metavar="FILE", help="settings in a YAML file, such as those in "
+                        "configs/sampling; what is given beside it wins (default: the model's own)")  # fmt: skip
     parser.add_argument("--guidance", type=float, metavar="S", help="1 is none (default: the model's own)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"),
                         help="the shares of an image's tokens from and to which guidance acts "
@@ -86,6 +88,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
                         "decodes: changes the speed only (default: auto, what ends the job soonest)")  # fmt: skip
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="of the GPT's "
                         "products: lower ones are faster and draw other pictures (default: fp32 on CPUs)")  # fmt: skip
+
+
+def add_part_arguments(parser: argparse.ArgumentParser) -> None:
+    """--clip, --prior."""
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="score by this one: a run of tools/train_clip.py or "
+                        "what tools/import_checkpoint.py made of a published CLIP (default: the model's own)"
+                        )  # fmt: skip
+    parser.add_argument("--prior", type=Path, metavar="DIR", help="what tools/train_prior.py trained: makes the "
+                        "embedding of a prompt that of an image, for a model that reads embeddings (default: the "
+                        "model folder's own, if it has one)")  # fmt: skip
 
 
 def add_grid_argument(parser: argparse.ArgumentParser) -> None:
@@ -123,9 +135,11 @@ def placement_from(args: argparse.Namespace, place: "Place") -> dict[str, Any]:
 
 
 def sampling_from(args: argparse.Namespace, defaults: "SamplingConfig") -> "SamplingConfig":
-    """A model's sampling defaults with what was given on the command line."""
-    from vqt2i.config import build_config
+    """A model's sampling defaults, or those of --sampling, with what was given on the command line."""
+    from vqt2i.config import build_config, load_config
 
+    if args.sampling is not None:
+        defaults = load_config(type(defaults), args.sampling)
     given = {name: value for name in type(defaults).model_fields if (value := getattr(args, name)) is not None}
     return build_config(type(defaults), defaults.model_dump() | given, "sampling")
 

@@ -64,8 +64,10 @@ def shifted_texts(text_BE: Tensor, shift_E: Tensor) -> Tensor:
 def perturbed(embedding_BE: Tensor, level: float) -> Tensor:
     """Unit vectors moved in a random direction by `level` of their length, of unit length again.
 
-    What texts are to images is so covered where only images are trained on: LAFITE's fixed perturbation (Zhou et al.
-    2021, arXiv 2111.13792, section 3.1).
+    What texts are to images is so covered where only images are trained on. These are the "fixed perturbations" of
+    LAFITE (Zhou et al. 2021, arXiv 2111.13792, section 3.1): h / |h| with h = f + ξ |f| ε / |ε|, f the image's
+    embedding, ε of a standard normal distribution and ξ the level. LAFITE's published code mixes instead, (1 - ξ) f +
+    ξ ε / |ε|, so that its ξ of 0.75 is a level of ξ / (1 - ξ) = 3 here.
     """
     noise_BE = F.normalize(torch.randn_like(embedding_BE), dim=-1)
     return F.normalize(embedding_BE + level * embedding_BE.norm(dim=-1, keepdim=True) * noise_BE, dim=-1)

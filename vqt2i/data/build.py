@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ class BuildConfig(Config):
     min_side_px, max_aspect: of the picture in the source; longer over shorter side.
     min_caption_chars, max_caption_chars: a caption outside is left out; a sample without any left is rejected.
     captions_required: reject samples that have no caption.
+    labelled: keep the class of each sample, and reject those that have none.
     drop_duplicates: which kinds of repeated pictures to reject; near includes exact.
     val_share: of the pictures whose source names no split, so many go to val, chosen by a hash of their pixels, and at
         least one if it is above 0.
@@ -43,6 +45,7 @@ class BuildConfig(Config):
     min_caption_chars: PositiveInt = 1
     max_caption_chars: PositiveInt | None = None
     captions_required: bool = True
+    labelled: bool = False
     drop_duplicates: Literal["exact", "near", "none"] = "exact"
     val_share: float = Field(default=0.02, ge=0, lt=1)
     primary_language: str = "en"
@@ -63,6 +66,7 @@ class _Sample(NamedTuple):
     item: Item
     image_HW3: np.ndarray
     captions: dict[str, tuple[str, ...]]
+    label: str | None
     size_px: tuple[int, int]  # (width, height) in the source
     notes: list[str]
     signature: Signature
@@ -97,7 +101,7 @@ def build_dataset(
             samples = _distinct(_usable(watched, config, report), config, report)
             names = _Names()
             for split, sample in _dealt(samples, config.val_share):
-                pair = Pair(names.key(sample.item), sample.image_HW3, sample.captions, sample.item.meta)
+                pair = Pair(names.key(sample.item), sample.image_HW3, sample.captions, sample.item.meta, sample.label)
                 writer.add(split, pair)
                 report.add(split, pair, sample.size_px)
             spec = writer.finish(source)
@@ -132,9 +136,10 @@ def _check(item: Item, config: BuildConfig) -> _Sample:
     if config.max_aspect and max(height, width) > config.max_aspect * min(height, width):
         raise RefusedError("too elongated", f"{width} x {height} pixels, expected at most {config.max_aspect:g} to 1")
     captions, caption_notes = _check_captions(item, config)
+    label = _check_label(item) if config.labelled else None
     stored_HW3 = fit_square(image_HW3, config.size_px) if config.size_px else image_HW3
     notes = [*item.notes, *notes, *caption_notes]
-    return _Sample(item, stored_HW3, captions, (width, height), notes, signature(stored_HW3))
+    return _Sample(item, stored_HW3, captions, label, (width, height), notes, signature(stored_HW3))
 
 
 def _check_captions(item: Item, config: BuildConfig) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -160,6 +165,17 @@ def _check_captions(item: Item, config: BuildConfig) -> tuple[dict[str, tuple[st
             raise RefusedError("caption too short or long", f"{n_found} found, none of {limits}")
         raise RefusedError("empty caption" if any(item.captions.values()) else "missing caption")
     return captions, notes
+
+
+def _check_label(item: Item) -> str:
+    """The name of the class, cleaned as a caption is, in one line."""
+    try:
+        lines = clean_captions(item.label or "").captions
+    except RefusedError as refused:
+        raise RefusedError(refused.reason.replace("caption", "class"), refused.detail) from None
+    if not lines:
+        raise RefusedError("missing class")
+    return " ".join(lines)
 
 
 def _distinct(samples: Iterator[_Sample], config: BuildConfig, report: Report) -> Iterator[_Sample]:
@@ -249,13 +265,17 @@ SHAPES_CONFIG = BuildConfig(size_px=32, drop_duplicates="none")
 Style = Literal["plain", "beach"]
 
 
-def shapes_items(counts: dict[str, int], seed: int, size_px: int, style: Style = "plain") -> Entries:
-    """The embedded set: `counts` scenes of each split."""
+def shapes_items(
+    counts: dict[str, int], seed: int, size_px: int, style: Style = "plain", labels: shapes.LabelName | None = None
+) -> Entries:
+    """The embedded set: `counts` scenes of each split; with `labels`, of one object each, whose class that is."""
     pairs = {"plain": shapes.pairs, "beach": shapes.beach_pairs}[style]
+    if labels:
+        pairs = partial(shapes.labelled_pairs, labels)
     for split, n in counts.items():
         for pair in pairs(split, n, seed, size_px):
             captions = {language: list(texts) for language, texts in pair.captions.items()}
-            yield Item(pair.key, pair.key, pair.image_HW3, captions, pair.meta, split)
+            yield Item(pair.key, pair.key, pair.image_HW3, captions, pair.meta, split, label=pair.label)
 
 
 def build_shapes(
@@ -265,15 +285,22 @@ def build_shapes(
     counts: dict[str, int] = DEFAULT_COUNTS,
     seed: int = 0,
     style: Style = "plain",
+    labels: shapes.LabelName | None = None,
     token_count: TokenCount | None = None,
 ) -> DataSet:
-    """Draw the embedded data set, reproducible from `seed`, at `config.size_px`."""
+    """Draw the embedded data set, reproducible from `seed`, at `config.size_px`; see `shapes_items`.
+
+    Raises:
+        DataError: labels of another style than plain.
+    """
+    if labels and style != "plain":
+        raise DataError(f"classes by {labels} are of the plain style, found {style}; leave out one of them")
     source = {"kind": "shapes", "size_px": config.size_px, "counts": counts, "seed": seed}
     return build_dataset(
         out,
-        shapes_items(counts, seed, config.size_px, style),
-        config,
-        source=source if style == "plain" else source | {"style": style},
+        shapes_items(counts, seed, config.size_px, style, labels),
+        config.model_copy(update={"labelled": labels is not None}),
+        source=source | ({} if style == "plain" else {"style": style}) | ({"labels": labels} if labels else {}),
         token_count=token_count,
         total=sum(counts.values()),
     )

@@ -5,13 +5,18 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from vqt2i.errors import DataError
+
 GREY = 128  # what is shown where a picture has nothing yet
 
-Variants = Literal["centre", "flip", "five-crop", "ten-crop"]
-_CROPS_AND_MIRRORED = {"centre": (1, False), "flip": (1, True), "five-crop": (5, False), "ten-crop": (5, True)}
+Variants = Literal["centre", "flip", "five-crop", "ten-crop", "quarters"]
+_CROPS_AND_MIRRORED = {
+    "centre": (1, False), "flip": (1, True), "five-crop": (5, False), "ten-crop": (5, True), "quarters": (8, False),
+}  # fmt: skip
 _CORNER_SHARE = 1 / 1.1  # of the side of the centred square, as LlamaGen (arXiv 2406.06525) crops it
 
 
@@ -28,6 +33,11 @@ def to_uint8(x_3HW: Tensor) -> np.ndarray:
     return x.movedim(-3, -1).contiguous().cpu().numpy()
 
 
+def halved(x_B3HW: Tensor) -> Tensor:
+    """Images of half the height and width: the means of 2 x 2 pixels."""
+    return F.avg_pool2d(x_B3HW, 2)
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """The image as the content of a PNG file."""
     buffer = BytesIO()
@@ -42,8 +52,17 @@ def fit_square(image_HW3: np.ndarray, size_px: int) -> np.ndarray:
     return _resampled(image_HW3, size_px, 1.0, 0, 0)
 
 
+def require_side(image_HW3: np.ndarray, side_px: int, name: str) -> None:
+    """Raises DataError for an image with a shorter side: made larger, it would show nothing of that size."""
+    height, width = image_HW3.shape[:2]
+    if min(height, width) < side_px:
+        raise DataError(f"{name}: {width} x {height} pixels; super-resolution learns from pictures of {side_px} x "
+                        f"{side_px} and more: make the data set of larger ones, without smaller ones (make_dataset "
+                        "--size, --min-side)")  # fmt: skip
+
+
 def n_variants(variants: Variants) -> int:
-    """How many pictures are made of one: 1, 2, 5 or 10."""
+    """How many pictures are made of one: 1, 2, 5, 10, or 8 with "quarters"."""
     n_crops, mirrored = _CROPS_AND_MIRRORED[variants]
     return n_crops * (1 + mirrored)
 
@@ -52,13 +71,15 @@ def fit_variant(image_HW3: np.ndarray, size_px: int, variants: Variants, index: 
     """Variant `index` of an image, uint8 (size_px, size_px, 3): the crops first, then the same mirrored.
 
     Crop 0 is `fit_square`, the others are the corners of that square, 1 / 1.1 of its side. Mirrored pictures need
-    captions that do not tell left from right.
+    captions that do not tell left from right. "quarters" are the square, four times, and the quarters of it: for image
+    tokenizers that are to know pictures in two sizes, both alike well.
     """
     n_crops, _ = _CROPS_AND_MIRRORED[variants]
     mirror, crop = divmod(index, n_crops)
-    if crop:
-        bottom, right = divmod(crop - 1, 2)
-        image_HW3 = _resampled(image_HW3, size_px, _CORNER_SHARE, bottom, right)
+    share, n_whole = (1 / 2, 4) if variants == "quarters" else (_CORNER_SHARE, 1)
+    if crop >= n_whole:
+        bottom, right = divmod(crop - n_whole, 2)
+        image_HW3 = _resampled(image_HW3, size_px, share, bottom, right)
     else:
         image_HW3 = fit_square(image_HW3, size_px)
     return image_HW3[:, ::-1] if mirror else image_HW3

@@ -5,8 +5,8 @@ import random
 from base64 import b64encode
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +63,7 @@ class Report:
         self._chars: defaultdict[str, Counter[int]] = defaultdict(Counter)  # language -> length -> captions
         self._words: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self._truncated: Counter[str] = Counter()
+        self._labels: Counter[str] = Counter()
         self._sheets: dict[str, list[Pair]] = {}
         self._n_samples: Counter[str] = Counter()
         self._random = random.Random(0)
@@ -85,6 +86,8 @@ class Report:
     def add(self, split: str, pair: Pair, size_px: tuple[int, int]) -> None:
         """Count a sample that was written; `size_px` is (width, height) before cropping and resizing."""
         self._sizes[size_px] += 1
+        if pair.label is not None:
+            self._labels[pair.label] += 1
         for language, captions in pair.captions.items():
             self._images_with[language] += 1
             for caption in captions:
@@ -99,7 +102,7 @@ class Report:
         sheet = self._sheets.setdefault(split, [])
         place = len(sheet) if len(sheet) < SHEET_SIZE else self._random.randrange(self._n_samples[split] + 1)
         if place < SHEET_SIZE:
-            sheet[place : place + 1] = [Pair(pair.key, _thumbnail(pair.image_HW3), pair.captions)]
+            sheet[place : place + 1] = [replace(pair, image_HW3=_thumbnail(pair.image_HW3), meta={})]
         self._n_samples[split] += 1
 
     def write(self, name: str, spec: DataSpec) -> None:
@@ -108,15 +111,11 @@ class Report:
         heading = f"Data set {name}"
         facts = f"fingerprint {spec.fingerprint[:16]} · source: {spec.source.get('kind', 'unknown')}"
         text = [heading, facts]
-        text += [_section_text(section) for section in sections]
+        text += [section_text(section) for section in sections]
         write_atomic(self.folder / "report.txt", _utf8("\n".join(text) + "\n"))
-        html = [f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(heading)}</title>"]
-        html += [f"<style>{CSS}</style>"]
-        html += [f"<h1>{escape(heading)}</h1><p>{escape(facts)}</p><main>"]
-        html += [section_html(section) for section in sections]
-        html += ["</main>"]
-        html += [_sheet_html(split, self._n_samples[split], sheet) for split, sheet in self._sheets.items()]
-        write_atomic(self.folder / "report.html", _utf8("\n".join(html) + "\n</html>\n"))
+        body = ["<main>", *map(section_html, sections), "</main>"]
+        body += [_sheet_html(split, self._n_samples[split], sheet) for split, sheet in self._sheets.items()]
+        write_atomic(self.folder / "report.html", _utf8(page_html(heading, facts, body)))
 
     def _sections(self, spec: DataSpec) -> Iterator[Section]:
         counts = [(name, split.n_samples, len(split.shards)) for name, split in spec.splits.items()]
@@ -134,6 +133,9 @@ class Report:
         if self.notes:
             yield Section("Made to fit", ("what", "count"), self.notes.most_common(), bars=True)
         yield self._size_section(spec)
+        if self._labels:
+            remark = f"{len(self._labels):,} classes"
+            yield Section("Classes", ("class", "pictures"), self._labels.most_common(), bars=True, remark=remark)
         if not self._chars:
             yield Section("Captions", (), [], remark="none: pictures only")
             return
@@ -194,7 +196,8 @@ def _histogram(title: str, unit: str, lengths: Counter[int]) -> Section:
     return Section(title, (unit, "captions"), rows, bars=True)
 
 
-def _section_text(section: Section) -> str:
+def section_text(section: Section) -> str:
+    """The table in letters of one width."""
     cells = [section.columns, *([_cell(value) for value in row] for row in section.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     most = max((row[-1] for row in section.rows), default=0) if section.bars else 0
@@ -205,6 +208,14 @@ def _section_text(section: Section) -> str:
             line += "  " + "#" * round(40 * section.rows[i - 1][-1] / most)
         lines.append(f"  {line}".rstrip())
     return "\n".join(lines)
+
+
+def page_html(title: str, facts: str, body: Iterable[str], css: str = "") -> str:
+    """A page that needs no file beside it. facts: a line below the title. css: beside that of all pages."""
+    head = f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(title)}</title>"
+    return "\n".join([
+        head, f"<style>{CSS}{css}</style>", f"<h1>{escape(title)}</h1><p>{escape(facts)}</p>", *body, "</html>\n",
+    ])  # fmt: skip
 
 
 def section_html(section: Section) -> str:
@@ -226,7 +237,8 @@ def _sheet_html(split: str, n: int, sheet: list[Pair]) -> str:
     title = f"{split}: {len(sheet)} of {n:,} samples" if len(sheet) < n else f"{split}: all {n:,} samples"
     html = [f"<h2>{escape(title)}</h2><div class=sheet>"]
     for pair in sheet:
-        text = "".join(_captions_html(language, captions) for language, captions in pair.captions.items())
+        text = "" if pair.label is None else f"<p><b>{escape(pair.label)}</b></p>"
+        text += "".join(_captions_html(language, captions) for language, captions in pair.captions.items())
         key = escape(pair.key)
         html.append(f'<figure><img alt="{key}" title="{key}" src="{data_uri(pair.image_HW3)}">')
         html.append(f"<figcaption>{text}</figcaption></figure>")

@@ -4,7 +4,8 @@
     SPLIT-000000.tar     per sample: KEY.png or KEY.jpg, KEY.txt, KEY.LANG.txt, KEY.json, adjacent and in this order
 
 `KEY.txt` holds the captions of the first language of `data.json`, one per line; other languages have their own file.
-A sample without captions has no text file at all.
+A sample without captions has no text file at all. In a data set of classes, whose names `data.json` lists, every
+`KEY.json` says the sample's: {"label": "cat"}.
 """
 
 import json
@@ -62,19 +63,22 @@ class DataSpec(Config):
 
     image_size_px: every image is a square of this side; None where sizes differ.
     languages: language codes that occur; `KEY.txt` holds the first one. Empty for images without captions.
+    labels: names of the classes, where every sample is of one; a model knows them by their places in this list.
     source: how the set was made, for people; it is no part of the fingerprint.
     """
 
     format_version: Literal[1] = 1
     image_size_px: PositiveInt | None
     languages: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     source: dict[str, Any] = Field(default_factory=dict)
     splits: dict[str, SplitSpec]
 
     @property
     def fingerprint(self) -> str:
         """Hexadecimal content hash: equal for equal samples, wherever they came from."""
-        content = self.model_dump(mode="json", exclude={"source"})
+        # without classes as it was before there were any
+        content = self.model_dump(mode="json", exclude={"source"} if self.labels else {"source", "labels"})
         return sha256_of_parts(json.dumps(content, sort_keys=True))
 
 
@@ -108,17 +112,19 @@ class ShardWriter:
         self._shards: dict[str, list[ShardSpec]] = {}
         self._keys: set[str] = set()
         self._languages: set[str] = set()
+        self._labels: set[str | None] = set()
         self._sizes: set[tuple[int, int]] = set()
 
     def add(self, split: str, pair: Pair) -> None:
         """Append one sample.
 
         Raises:
-            ValueError: a key, language, caption or image that the format cannot hold.
+            ValueError: a key, language, caption, class or image that the format cannot hold.
         """
         self._check(pair)
         self._keys.add(pair.key)
         self._languages.update(pair.captions)
+        self._labels.add(pair.label)
         self._sizes.add(pair.image_HW3.shape[:2])
         tar, count = self._open.get(split) or (self._start(split), 0)
         for suffix, content in self._files(pair):
@@ -138,6 +144,7 @@ class ShardWriter:
         spec = DataSpec(
             image_size_px=next(iter(self._sizes))[0] if square else None,
             languages=(self.primary_language, *others) if self._languages else (),
+            labels=tuple(sorted(label for label in self._labels if label is not None)),
             source=source,
             splits={split: SplitSpec(shards=tuple(shards)) for split, shards in self._shards.items()},
         )
@@ -156,13 +163,19 @@ class ShardWriter:
             if any(not caption.strip() or len(caption.splitlines()) != 1 for caption in captions):
                 raise ValueError(f"{pair.key}: a caption is one line of text, found {captions}")
 
+        if pair.label is not None and (not pair.label.strip() or len(pair.label.splitlines()) != 1):
+            raise ValueError(f"{pair.key}: a class is one line of text, found {pair.label!r}")
+        if self._labels and (pair.label is None) != (None in self._labels):
+            raise ValueError(f"{pair.key}: class {pair.label!r}; either all samples have one or none has")
+
     def _files(self, pair: Pair) -> Iterator[tuple[str, bytes]]:
         yield self.image_format, encode_image(pair.image_HW3, self.image_format)
         for language, captions in pair.captions.items():
             suffix = "txt" if language == self.primary_language else f"{language}.txt"
             yield suffix, "\n".join(captions).encode()
-        if pair.meta:
-            yield "json", json.dumps(pair.meta, ensure_ascii=False).encode()
+        meta = pair.meta if pair.label is None else pair.meta | {"label": pair.label}
+        if meta:
+            yield "json", json.dumps(meta, ensure_ascii=False).encode()
 
     def _start(self, split: str) -> tarfile.TarFile:
         name = f"{split}-{len(self._shards.setdefault(split, [])):06d}.tar"
@@ -253,6 +266,11 @@ class DataSet:
     def languages(self) -> tuple[str, ...]:
         return self.spec.languages
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes; none where samples have none."""
+        return self.spec.labels
+
     def split(self, name: str) -> "Split":
         """One split by name.
 
@@ -262,16 +280,17 @@ class DataSet:
         if name not in self.spec.splits:
             raise DataError(f"{self.folder}: no split '{name}'; it has {', '.join(self.spec.splits) or 'none'}")
         if name not in self._splits:
-            self._splits[name] = Split(self.folder, self.spec.splits[name], self.languages)
+            self._splits[name] = Split(self.folder, self.spec.splits[name], self.languages, self.labels)
         return self._splits[name]
 
 
 class Split(Sequence[Pair]):
     """The samples of one split in the order of writing: `split[i]` is a `Pair`, as a torch DataLoader wants it."""
 
-    def __init__(self, folder: Path, spec: SplitSpec, languages: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, spec: SplitSpec, languages: tuple[str, ...], labels: tuple[str, ...] = ()) -> None:
         self._paths = [folder / shard.name for shard in spec.shards]
         self._languages = languages
+        self._labels = labels
         spans = [_index_shard(path, shard.n_samples) for path, shard in zip(self._paths, spec.shards, strict=True)]
         self._ends = np.cumsum([len(span) for span in spans])
         self._spans = np.concatenate([np.zeros((0, 2), np.int64), *spans])
@@ -294,8 +313,11 @@ class Split(Sequence[Pair]):
             with Image.open(BytesIO(image_bytes)) as image:
                 image_HW3 = np.array(image.convert("RGB"))
             meta = json.loads(files.get("json", b"{}"))
-            return Pair(key, image_HW3, self._captions(files), meta)
-        except (OSError, ValueError) as error:
+            label = meta.pop("label") if self._labels else None
+            if self._labels and label not in self._labels:
+                raise ValueError(f"label {label!r} is not one of those of {SPEC_NAME}")
+            return Pair(key, image_HW3, self._captions(files), meta, label)
+        except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{path}: sample '{key}' is damaged ({error}); {_MEND}") from None
 
     def captions(self, index: int) -> dict[str, tuple[str, ...]]:

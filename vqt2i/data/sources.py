@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Item:
     image: file bytes, or pixels where the source drew them itself.
     captions: language to its texts; each text may hold several captions, one per line.
     split: where it must go; None lets the picture's hash decide.
+    label: the name of its class, where the source has classes.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Item:
     meta: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
     notes: tuple[str, ...] = ()
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,10 @@ def read_image(path: Path) -> np.ndarray:
 # --- a folder of images with text files beside them ---
 
 
-def folder_items(folder: Path, *, language: str) -> Entries:
+def folder_items(folder: Path, *, language: str, labelled: bool = False) -> Entries:
     """Images below `folder`, by name, with the captions of `STEM.txt` (in `language`) and `STEM.LANG.txt` beside them.
+
+    labelled: the class of an image is the folder below `folder` that it lies in, however deep.
 
     Raises:
         DataError: no such folder.
@@ -104,7 +108,9 @@ def folder_items(folder: Path, *, language: str) -> Entries:
         here = Path(place)
         for link in (here / name for name in subfolders if (here / name).is_symlink()):
             yield Rejection(link.relative_to(folder).as_posix(), "link to a folder", "not followed")
-        yield from _items_of_one_folder(here, sorted(names), folder, language)
+        classes = here.relative_to(folder).parts if labelled else ()
+        for entry in _items_of_one_folder(here, sorted(names), folder, language):
+            yield replace(entry, label=classes[0]) if classes and isinstance(entry, Item) else entry
     for error in unlistable:
         yield Rejection(str(error.filename), "unreadable folder", str(error))
 
@@ -149,11 +155,14 @@ def _texts_by_stem(names: list[str], stems: set[str], language: str) -> dict[str
 # --- a table with a row for each image ---
 
 
-def table_items(table: Path, *, image_column: str, caption_columns: dict[str, str]) -> Entries:
+def table_items(
+    table: Path, *, image_column: str, caption_columns: dict[str, str], label_column: str | None = None
+) -> Entries:
     """The rows of a CSV, TSV, JSON Lines or Parquet file.
 
     image_column: a path relative to the table, the file's bytes, or Parquet's {"bytes", "path"}.
     caption_columns: language to column; a cell is one caption, or a list of them.
+    label_column: of the class's name or number.
 
     Raises:
         DataError: no such table, not of a known kind, or without one of the columns; the message lists what it has.
@@ -163,7 +172,7 @@ def table_items(table: Path, *, image_column: str, caption_columns: dict[str, st
     if reader is None or not table.is_file():
         what = "no such file" if reader else f"unknown kind of table '{table.suffix}'"
         raise DataError(f"{table}: {what}; expected a file ending in {', '.join(TABLE_SUFFIXES)}")
-    wanted = [image_column, *caption_columns.values()]
+    wanted = [image_column, *caption_columns.values(), *([label_column] if label_column else [])]
     for number, row in reader(table, wanted):
         name = f"{table.name} row {number}"
         if isinstance(row, Rejection):
@@ -180,7 +189,9 @@ def table_items(table: Path, *, image_column: str, caption_columns: dict[str, st
             yield Rejection(name, refused.reason, refused.detail)
             continue
         key = str(Path(path).with_suffix("")) if path else f"row-{number:06d}"
-        yield Item(name, key, image, captions, {"row": number} | ({"file": path} if path else {}))
+        label = row[label_column] if label_column else None
+        meta = {"row": number} | ({"file": path} if path else {})
+        yield Item(name, key, image, captions, meta, label=None if label is None else str(label))
 
 
 def _image_of_cell(cell: Any, folder: Path) -> tuple[bytes, str]:
@@ -210,7 +221,7 @@ def _check_columns(table: Path, wanted: Iterable[str], found: list[str]) -> None
         if column not in found:
             raise DataError(
                 f"{table}: no column '{column}'; it has: {', '.join(map(str, found)) or 'none'}. "
-                "Choose with --image-column NAME and --caption-column NAME or LANG=NAME"
+                "Choose with --image-column NAME, --caption-column NAME or LANG=NAME, and --label-column NAME"
             )
 
 

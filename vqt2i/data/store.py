@@ -2,7 +2,10 @@
 
 store.json                fingerprints of both tokenizers, grid, variants, the shards that each split was made of
 SPLIT.image_ids.npy       (samples, variants, grid height, grid width), codes from 0
+SPLIT.low_ids.npy         (samples, variants, grid height / 2, grid width / 2), codes of the images at half their size,
+                          where these were asked for; the images have twice the image tokenizer's size then
 SPLIT.embeddings.npy      (samples, variants, width), float32: of the images, where a scorer was asked for them
+SPLIT.labels.npy          (samples,) the number of each sample's class, of a data set of classes
 SPLIT.text_ids.npy        all captions one after the other, whole (a reader truncates)
 SPLIT.text_starts.npy     (captions + 1,) where each caption starts in text_ids; the last number is where they end
 SPLIT.caption_starts.npy  (samples + 1,) where each sample's captions start in text_starts; likewise
@@ -32,14 +35,17 @@ from vqt2i.files import write_atomic
 
 SPEC_NAME = "store.json"
 _ARRAYS = ("image_ids", "text_ids", "text_starts", "caption_starts")
-EMBEDDINGS = "embeddings"
+# arrays that only some stores have, and where a part has them
+LOW_IDS, EMBEDDINGS, LABELS = "low_ids", "embeddings", "labels"
+_FIELDS = {LOW_IDS: "low_ids_NVHW", EMBEDDINGS: "embeddings_NVE", LABELS: "labels_N"}
 
 
 class StoreSpec(Config):
     """What `store.json` says; `image_tokenizer`, `text_tokenizer` and `scorer` are fingerprints.
 
     scorer, embedding_width: of what made the embeddings, where there are any.
-    languages: of the data set; they decide which captions a sample has.
+    low_resolution: whether the codes of the images at half their size are there.
+    languages: of the data set; they decide which captions a sample has. labels: names of its classes, if it has any.
     splits: as in `data.json`; the shards' hashes say what was encoded.
     """
 
@@ -48,7 +54,9 @@ class StoreSpec(Config):
     text_tokenizer: str
     scorer: str | None = None
     embedding_width: NonNegativeInt = 0
+    low_resolution: bool = False
     languages: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     variants: Variants
     grid_height: PositiveInt
     grid_width: PositiveInt
@@ -58,6 +66,14 @@ class StoreSpec(Config):
     def image_shape(self) -> tuple[int, int, int]:
         """(variants, grid height, grid width): the codes of one sample."""
         return n_variants(self.variants), self.grid_height, self.grid_width
+
+    @property
+    def optional_arrays(self) -> dict[str, tuple[int, ...]]:
+        """Those that only some stores have: what each holds of one sample."""
+        n, height, width = self.image_shape
+        low = {LOW_IDS: (n, height // 2, width // 2)} if self.low_resolution else {}
+        embeddings = {EMBEDDINGS: (n, self.embedding_width)} if self.embedding_width else {}
+        return low | embeddings | ({LABELS: ()} if self.labels else {})
 
     @property
     def shards(self) -> dict[str, tuple[str, int, int]]:
@@ -79,6 +95,8 @@ class TokenPart(NamedTuple):
     text_lengths: np.ndarray  # of each caption
     n_captions_N: np.ndarray
     embeddings_NVE: np.ndarray = np.zeros((0, 0, 0), np.float32)
+    low_ids_NVHW: np.ndarray = np.zeros((0, 0, 0, 0), np.uint16)
+    labels_N: np.ndarray = np.zeros(0, np.int64)
 
 
 def save_part(path: Path, part: TokenPart) -> None:
@@ -105,23 +123,25 @@ def load_part(path: Path) -> TokenPart:
 class TokenSplit:
     """One split, read by whole batches. Pickled as its path: a worker process maps the files itself."""
 
-    def __init__(self, folder: Path, name: str, n_samples: int, *, embedded: bool = False) -> None:
-        self._arguments = (folder, name, n_samples, embedded)
-        names = (*_ARRAYS, EMBEDDINGS) if embedded else _ARRAYS
+    def __init__(self, folder: Path, name: str, n_samples: int, *, optional: tuple[str, ...] = ()) -> None:
+        self._arguments = (folder, name, n_samples, optional)
         try:
             # plain views: indexing np.memmap itself takes several times as long
-            arrays = [np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r")) for array in names]
+            arrays = [
+                np.asarray(np.load(folder / f"{name}.{array}.npy", mmap_mode="r")) for array in (*_ARRAYS, *optional)
+            ]
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{folder}: damaged token store ({error}); remove it and encode again") from None
         self._image_ids, self._text_ids, self._text_starts, self._caption_starts = arrays[:4]
-        self._embeddings = arrays[4] if embedded else None
-        if not len(self._image_ids) == len(self._caption_starts) - 1 == len(arrays[4 * embedded]) == n_samples:
+        self._optional = dict(zip(optional, arrays[4:], strict=True))
+        lengths = {len(self._image_ids), len(self._caption_starts) - 1, *map(len, self._optional.values())}
+        if lengths != {n_samples}:
             raise DataError(f"{folder}: '{name}' holds {len(self._image_ids)} samples, {SPEC_NAME} says {n_samples}; "
                             "remove it and encode again")  # fmt: skip
 
     def __reduce__(self) -> tuple:
-        *place, embedded = self._arguments
-        return partial(TokenSplit, embedded=embedded), tuple(place)
+        *place, optional = self._arguments
+        return partial(TokenSplit, optional=optional), tuple(place)
 
     def __len__(self) -> int:
         return len(self._image_ids)
@@ -134,9 +154,20 @@ class TokenSplit:
         """Codes of one variant of each sample, int64 (B, H, W)."""
         return self._image_ids[index_B, variant_B].astype(np.int64)
 
+    def low_ids(self, index_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray | None:
+        """Codes of one variant of each sample at half its size, int64 (B, H / 2, W / 2), where the store has them."""
+        low = self._optional.get(LOW_IDS)
+        return None if low is None else low[index_B, variant_B].astype(np.int64)
+
     def embeddings(self, index_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray | None:
         """The scorer's embedding of one variant of each sample, float32 (B, E), where the store has them."""
-        return None if self._embeddings is None else self._embeddings[index_B, variant_B]
+        embeddings = self._optional.get(EMBEDDINGS)
+        return None if embeddings is None else embeddings[index_B, variant_B]
+
+    def labels(self, index_B: np.ndarray) -> np.ndarray | None:
+        """The number of each sample's class, int64 (B,), where the store has them."""
+        labels = self._optional.get(LABELS)
+        return None if labels is None else labels[index_B]
 
     def texts(self, index_B: np.ndarray, draw_B: np.ndarray, text_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each sample the caption that `draw_B` in [0, 1) falls on, of all languages; none where it has none.
@@ -169,7 +200,8 @@ class TokenSplit:
         texts = self._text_starts[captions[0] : captions[-1] + 1]
         text_ids = self._text_ids[texts[0] : texts[-1]]
         part = TokenPart(self._image_ids[first:behind], text_ids, np.diff(texts), np.diff(captions))
-        return part if self._embeddings is None else part._replace(embeddings_NVE=self._embeddings[first:behind])
+        more = {_FIELDS[name]: array[first:behind] for name, array in self._optional.items()}
+        return part._replace(**more)
 
 
 class TokenStore:
@@ -193,7 +225,7 @@ class TokenStore:
         if name not in self.spec.splits:
             raise DataError(f"{self.folder}: no split '{name}'; it has {', '.join(self.spec.splits)}")
         return TokenSplit(
-            self.folder, name, self.spec.splits[name].n_samples, embedded=self.spec.scorer is not None
+            self.folder, name, self.spec.splits[name].n_samples, optional=tuple(self.spec.optional_arrays)
         )
 
 
@@ -203,12 +235,12 @@ def image_id_dtype(n_image_ids: int) -> type[np.integer]:
 
 
 def write_split(folder: Path, name: str, parts: Iterable[TokenPart], image_shape: tuple[int, int, int],
-                dtype: type[np.integer], embedding_width: int = 0) -> None:  # fmt: skip
-    """Write the arrays of one split, holding one part at a time. `image_shape`: as in `StoreSpec`."""
+                dtype: type[np.integer], optional: dict[str, tuple[int, ...]] | None = None) -> None:  # fmt: skip
+    """Write the arrays of one split, holding one part at a time. `image_shape`, `optional`: as in `StoreSpec`."""
     starts = (np.int64, ())
     kinds = dict(zip(_ARRAYS, ((dtype, image_shape), (np.int32, ()), starts, starts), strict=True))
-    if embedding_width:
-        kinds[EMBEDDINGS] = (np.float32, (image_shape[0], embedding_width))
+    optional, dtypes = optional or {}, {LOW_IDS: dtype, EMBEDDINGS: np.float32, LABELS: np.int64}
+    kinds |= {array: (dtypes[array], shape) for array, shape in optional.items()}
     arrays = [_GrowingArray(folder / f"{name}.{array}.npy", *kind) for array, kind in kinds.items()]
     image_ids, text_ids, text_starts, caption_starts = arrays[:4]
     n_ids = n_captions = 0
@@ -216,8 +248,8 @@ def write_split(folder: Path, name: str, parts: Iterable[TokenPart], image_shape
     caption_starts.append(np.zeros(1))
     for part in parts:
         image_ids.append(part.image_ids_NVHW)
-        for embeddings in arrays[4:]:
-            embeddings.append(part.embeddings_NVE)
+        for array, more in zip(optional, arrays[4:], strict=True):
+            more.append(getattr(part, _FIELDS[array]))
         text_ids.append(part.text_ids)
         text_starts.append(n_ids + np.cumsum(part.text_lengths))
         caption_starts.append(n_captions + np.cumsum(part.n_captions_N))

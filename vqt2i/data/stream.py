@@ -183,7 +183,7 @@ def read_shard(url: str, config: StreamConfig) -> Shard:
     n_attempts = config.attempts if is_remote(url) else 1
     wait_s, jitter = config.first_wait_s, random.Random()
     for attempt in range(1, n_attempts + 1):
-        entries = list(tar_items([url], language="en", split=None, timeout_s=config.timeout_s))
+        entries = list(tar_items([url], language="en", split=None, labelled=True, timeout_s=config.timeout_s))
         items = [entry for entry in entries if isinstance(entry, Item)]
         rejections = [entry for entry in entries if isinstance(entry, Rejection)]
         failure = next((r for r in rejections if r.reason in (UNOPENED, DAMAGED)), None)
@@ -201,7 +201,8 @@ def read_shard(url: str, config: StreamConfig) -> Shard:
 def _decoded(item: Item) -> Pair:
     captions = {language: [c for text in texts for c in clean_captions(text).captions]
                 for language, texts in item.captions.items()}  # fmt: skip
-    return Pair(item.key, decode_image(item.image).image_HW3, {k: tuple(v) for k, v in captions.items() if v})
+    image_HW3, label = decode_image(item.image).image_HW3, item.label and " ".join(item.label.split())
+    return Pair(item.key, image_HW3, {k: tuple(v) for k, v in captions.items() if v}, label=label)
 
 
 def _in_background(work: Callable[[], T]) -> "Future[T]":

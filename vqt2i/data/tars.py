@@ -46,8 +46,12 @@ def is_remote(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
 
-def tar_items(urls: Iterable[str], *, language: str, split: str | None, timeout_s: float = TIMEOUT_S) -> Entries:
+def tar_items(
+    urls: Iterable[str], *, language: str, split: str | None, labelled: bool = False, timeout_s: float = TIMEOUT_S
+) -> Entries:
     """The samples of webdataset tars, in order; `KEY.txt` is in `language`, `KEY.LANG.txt` in LANG, `KEY.json` is meta.
+
+    labelled: read the class of each too, from `KEY.cls` or else the "label" in `KEY.json`.
 
     A tar that cannot be opened, ends early, is damaged or sends nothing for `timeout_s` costs what lies behind and is
     named: a rejection as `UNOPENED` or `DAMAGED`.
@@ -60,7 +64,7 @@ def tar_items(urls: Iterable[str], *, language: str, split: str | None, timeout_
             continue
         with closing(stream):
             for entry in _samples(stream, url):
-                yield entry if isinstance(entry, Rejection) else _item(*entry, url, language, split)
+                yield entry if isinstance(entry, Rejection) else _item(*entry, url, language, split, labelled)
 
 
 def _open(url: str, timeout_s: float) -> IO[bytes]:
@@ -118,7 +122,9 @@ def _samples(stream: IO[bytes], url: str) -> Iterator[tuple[str, dict[str, bytes
         yield Rejection(url, DAMAGED, f"after {n_members} members: {error}; what lies behind is lost")
 
 
-def _item(key: str, files: dict[str, bytes], url: str, language: str, split: str | None) -> Item | Rejection:
+def _item(
+    key: str, files: dict[str, bytes], url: str, language: str, split: str | None, labelled: bool
+) -> Item | Rejection:
     name = f"{url} {key}"
     images = [suffix for suffix in files if f".{suffix}" in IMAGE_SUFFIXES]
     if not images:
@@ -126,6 +132,7 @@ def _item(key: str, files: dict[str, bytes], url: str, language: str, split: str
     captions: dict[str, list[bytes | str]] = {}
     notes = []
     meta: dict[str, Any] = {}
+    label = None
     for suffix, content in files.items():
         stem, _, last = suffix.rpartition(".")
         if suffix == "json":
@@ -133,9 +140,13 @@ def _item(key: str, files: dict[str, bytes], url: str, language: str, split: str
             notes += problem
         elif last == "txt" and (not stem or is_language(stem)):
             captions[stem or language] = [content]
+        elif suffix == "cls" and labelled:
+            label = content.decode("utf-8", "replace")
         elif suffix != images[0]:
             notes.append(f"unused member .{suffix}")
-    return Item(name, Path(key).as_posix(), files[images[0]], captions, meta, split, tuple(notes))
+    if labelled and label is None and "label" in meta:
+        label = str(meta["label"])
+    return Item(name, Path(key).as_posix(), files[images[0]], captions, meta, split, tuple(notes), label)
 
 
 def _meta(content: bytes) -> tuple[dict[str, Any], list[str]]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from vqt2i.data.shapes import SIZES_PX, Facts, Scene, check, draw_scene, parse_caption, render
 from vqt2i.errors import DataError, PromptError
+from vqt2i.evaluation.result import Row
+from vqt2i.evaluation.statistics import bootstrap_mean
 from vqt2i.generation import BeamConfig, DrawConfig, TextToImage
 
 SceneKind = Literal["single_seen", "single_unseen", "two_seen", "two_unseen", "three_seen", "three_unseen"]
@@ -31,33 +33,16 @@ class CaptionProtocol:
     how: BeamConfig | DrawConfig
 
 
-@dataclass(frozen=True)
-class CaptionAccuracy:
-    """Shares in [0, 1]: all that is stated is true; colour and shape are; it is a sentence of the set at all."""
-
-    right: float
-    colour_shape: float
-    sentence: float
-    standard_error: float  # of `right`
-
-
 def measure_captions(
     pipeline: TextToImage, protocol: CaptionProtocol, on_image: Callable[[int], None] | None = None
-) -> dict[str, CaptionAccuracy]:
-    """Accuracy of the best caption of each scene, by kind of scene.
+) -> list[Row]:
+    """Accuracy of the best caption of each scene, by kind of scene; the rows are named as `judge_captions` names them.
 
     Raises:
         PromptError: an unknown kind, or no scenes. DataError: the image tokenizer's size is none the shapes have.
     """
-    size_px = pipeline.vq.config.image_size_px
-    if size_px not in SIZES_PX:
-        raise DataError(f"shapes: are drawn with {', '.join(map(str, SIZES_PX))} px, the model reads {size_px} px")
-    for kind in protocol.kinds:
-        if kind not in SCENE_KINDS:
-            raise PromptError(f"scenes: no kind {kind!r}; choose from {', '.join(SCENE_KINDS)}")
-    if protocol.n_scenes < 1:
-        raise PromptError(f"number of scenes: found {protocol.n_scenes}, expected 1 or more")
-    results = {}
+    size_px = require_scenes(pipeline, protocol)
+    rows = []
     for kind in protocol.kinds:
         images = [render(scene, size_px) for scene in draw_scenes(kind, protocol.n_scenes, protocol.seed)]
         captions = []
@@ -66,8 +51,22 @@ def measure_captions(
             captions += [found[0] for found in pipeline.caption(part, how=protocol.how, seed=protocol.seed)]
             if on_image:
                 on_image(len(part))
-        results[kind] = score_captions([caption.text for caption in captions], images)
-    return results
+        judged = judge_captions([caption.text for caption in captions], images)
+        rows += [Row(name, *bootstrap_mean(found), {"scenes": kind}) for name, found in judged.items()]
+    return rows
+
+
+def require_scenes(pipeline: TextToImage, protocol: CaptionProtocol) -> int:
+    """The size of the pictures, in pixels. Raises what `measure_captions` raises."""
+    size_px = pipeline.vq.config.image_size_px
+    if size_px not in SIZES_PX:
+        raise DataError(f"shapes: are drawn with {', '.join(map(str, SIZES_PX))} px, the model reads {size_px} px")
+    for kind in protocol.kinds:
+        if kind not in SCENE_KINDS:
+            raise PromptError(f"scenes: no kind {kind!r}; choose from {', '.join(SCENE_KINDS)}")
+    if protocol.n_scenes < 1:
+        raise PromptError(f"number of scenes: found {protocol.n_scenes}, expected 1 or more")
+    return size_px
 
 
 def draw_scenes(kind: SceneKind, n: int, seed: int) -> list[Scene]:
@@ -78,15 +77,14 @@ def draw_scenes(kind: SceneKind, n: int, seed: int) -> list[Scene]:
     return list(islice((scene for scene in scenes if len(scene.objects) == _N_OBJECTS[size]), n))
 
 
-def score_captions(texts: list[str], images: list[np.ndarray]) -> CaptionAccuracy:
-    """Judge a caption of each picture."""
+def judge_captions(texts: list[str], images: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Whether of a caption of each picture `right` all that is stated is true, `colour_shape` colours and shapes are,
+    and whether it is a `sentence` of the set at all."""
     facts: list[Facts | None] = [parse_caption(text) for text in texts]
     verdicts = [check(image, stated) if stated else None for image, stated in zip(images, facts, strict=True)]
-    right = [verdict is not None and verdict.right for verdict in verdicts]
-    colour_shape = [verdict is not None and verdict.parts["colour"] and verdict.parts["shape"] for verdict in verdicts]
-    return CaptionAccuracy(
-        right=float(np.mean(right)),
-        colour_shape=float(np.mean(colour_shape)),
-        sentence=float(np.mean([stated is not None for stated in facts])),
-        standard_error=float(np.std(right) / len(right) ** 0.5),
-    )
+    judged = {
+        "right": [verdict is not None and verdict.right for verdict in verdicts],
+        "colour_shape": [v is not None and v.parts["colour"] and v.parts["shape"] for v in verdicts],
+        "sentence": [stated is not None for stated in facts],
+    }
+    return {name: np.array(found, dtype=float) for name, found in judged.items()}

@@ -26,9 +26,11 @@ from torch import Tensor
 from vqt2i.config import Config
 from vqt2i.data.images import fit_square, to_tensor, to_uint8
 from vqt2i.data.shards import DataSet, Split
-from vqt2i.errors import DataError
+from vqt2i.errors import ConfigError, DataError
+from vqt2i.evaluation.prompts import first_captions
 from vqt2i.generation import TextToImage
 from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.reading import READS
 from vqt2i.gpt import GPT, LossWeights, gpt_loss
 from vqt2i.gpt.loss import token_nll
 from vqt2i.text import TextBatch, pad_texts
@@ -146,17 +148,22 @@ def diagnose(
     """Measure every stage of a pipeline on a data set like the one that it was trained on.
 
     Raises:
+        ConfigError: its GPT does not draw from texts alone.
         DataError: a split that is not there, or of fewer than two captioned images.
     """
     tell = on_stage or (lambda _: None)
     gpt = pipeline.gpt
+    if not gpt.layout.has_both_orders:
+        read = READS[gpt.layout.condition.kind]
+        raise ConfigError(f"diagnosis: this GPT reads {read}; expected one that reads texts")
     tell("image tokenizer")
     train, val = (
         _read(pipeline, dataset.split(name), config.n_samples) for name in (config.train_split, config.validation_split)
     )
     reconstruction = _decode(pipeline, val.ids_BHW)
     decibel = float(psnr(val.image_B3HW, reconstruction).mean())
-    patch_decibel = float(psnr(val.image_B3HW, _patch_means(val.image_B3HW, pipeline.vq.config.downsample)).mean())
+    patch_px = max(2, pipeline.vq.config.downsample)  # of a palette, whose patches are pixels, four of them
+    patch_decibel = float(psnr(val.image_B3HW, _patch_means(val.image_B3HW, patch_px)).mean())
     tell("GPT")
     own, likeliest_BI = _teacher_forced(gpt, val.ids_BHW, val.texts)
     shuffled, _ = _teacher_forced(gpt, val.ids_BHW, _others(val))
@@ -247,16 +254,11 @@ def _judge_sampling(losses: Losses) -> Stage:
 
 def _read(pipeline: TextToImage, split: Split, n: int) -> _Samples:
     """The first `n` images of a split that have captions, each with one of them, a language each in turn."""
-    images, captions = [], []
-    for index in range(len(split)):
-        if len(images) == n:
-            break
-        said = list(split.captions(index).values())
-        if said:
-            images.append(fit_square(split[index].image_HW3, pipeline.vq.config.image_size_px))
-            captions.append(said[len(captions) % len(said)][0])
-    if len(images) < 2:
-        raise DataError(f"a split of {len(split)} samples, {len(images)} of them with captions: expected 2 or more")
+    found = list(first_captions(split, n))
+    if len(found) < 2:
+        raise DataError(f"a split of {len(split)} samples, {len(found)} of them with captions: expected 2 or more")
+    images = [fit_square(split[index].image_HW3, pipeline.vq.config.image_size_px) for index, _, _ in found]
+    captions = [caption for _, _, caption in found]
     image_B3HW = to_tensor(np.stack(images))
     ids = [pipeline.vq.encode(part.to(pipeline.gpt.device)).cpu() for part in image_B3HW.split(_AT_ONCE)]
     return _Samples(image_B3HW, torch.cat(ids), captions, [pipeline.text.encode(text) for text in captions])

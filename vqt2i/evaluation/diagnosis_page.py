@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from vqt2i.data.report import CSS, Section, data_uri, section_html
+from vqt2i.data.report import Section, data_uri, page_html, section_html
 from vqt2i.evaluation.diagnosis import Diagnosis, Shown, Stage
 
 _CELL_PX = 24
@@ -15,13 +15,11 @@ _COLOURS = np.float32([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98)
 
 def write_page(diagnosis: Diagnosis, title: str, facts: str) -> str:
     """The page's text. title: what was diagnosed. facts: with what, in a line."""
-    html = [f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(title)}</title>"]
-    html += [f"<style>{CSS}{_MORE_CSS}</style><h1>{escape(title)}</h1><p>{escape(facts)}</p>"]
-    html += [f"<p class={'weak' if diagnosis.weakest else 'fine'} id=verdict>{escape(diagnosis.verdict)}</p>"]
-    html += [_stages_html(diagnosis.stages), _shown_html(diagnosis.shown), "<main>"]
-    html += [section_html(section) for section in _sections(diagnosis)]
-    html += [_positions_html(diagnosis.by_position), "</main></html>\n"]
-    return "\n".join(html)
+    body = [f"<p class={'weak' if diagnosis.weakest else 'fine'} id=verdict>{escape(diagnosis.verdict)}</p>"]
+    body += [_stages_html(diagnosis.stages), _shown_html(diagnosis.shown), "<main>"]
+    body += map(section_html, _sections(diagnosis))
+    body += [_positions_html(diagnosis.by_position), "</main>"]
+    return page_html(title, facts, body, _MORE_CSS)
 
 
 def _stages_html(stages: tuple[Stage, ...]) -> str:

@@ -22,7 +22,7 @@ from vqt2i.gpt import GPT, image_log_probability
 from vqt2i.nn.cache import BranchedCache, Branches
 from vqt2i.runtime import stream_seed
 from vqt2i.text import TextBatch, TextTokenizer, pad_texts
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer
 
 ROWS_AT_ONCE = 256  # of ids; of whole sequences a quarter. Bounds the memory, changes no text
 
@@ -93,7 +93,7 @@ def reversed_share_of(card: dict[str, Any]) -> float | None:
 
 def caption_images(
     text: TextTokenizer,
-    vq: ImageTokenizer,
+    vq: AnyImageTokenizer,
     gpt: GPT,
     images: Sequence[np.ndarray | Image.Image],
     *,

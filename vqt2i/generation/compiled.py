@@ -198,6 +198,9 @@ class CompiledDrawing:
             self._null_is_behind = False
         self.steps(guided)
 
+    def caption_scores(self) -> None:
+        """As `Drawing.caption_scores`; the rooms have none for texts behind images."""
+
     def _catch_up(self, branches: StaticBranches, n_drawn: int) -> None:
         """Let rows read, at once and uncompiled, all drawn tokens but the last: the next step reads that."""
         if n_drawn > 1:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from vqt2i.runtime import stream_seed
 OnToken = Callable[[int], None]
 OnPartial = Callable[[Sequence[Job], Callable[[], Tensor]], None]
 OnPasses = Callable[[Job, int], None]
+OnCaption = Callable[[Job, float], None]
 
 
 class Drawing(Protocol):
@@ -31,6 +32,9 @@ class Drawing(Protocol):
 
     def step(self, index: int) -> None:
         """Draw token number `index` of every image; called for each, from the first to the last."""
+
+    def caption_scores(self) -> Tensor | None:
+        """Of the images, which are done, as `GuidedRows.caption_scores`; called once at most."""
 
 
 class Start(Protocol):
@@ -51,6 +55,7 @@ def decode_image_ids(
     on_token: OnToken | None = None,
     on_partial: OnPartial | None = None,
     on_passes: OnPasses | None = None,
+    on_caption: OnCaption | None = None,
 ) -> Tensor:
     """Draw the ids of every job's image, (jobs, grid height, grid width) on the CPU.
 
@@ -65,13 +70,16 @@ def decode_image_ids(
             nothing.
         on_passes: called with each image that is done and how many passes of the GPT it took, that of its
             condition included: as many as tokens that were drawn, or fewer with a `jacobi_window`.
+        on_caption: called with each image that is done and the caption score of its text, where drawing it brings that
+            nearly for nothing (`GuidedRows.caption_scores`).
     """
     if sampling.jacobi_window is None:
         size, decode = rows_at_once, partial(_decode_batch, start=start or partial(PlainDrawing, gpt))
     else:
         size, decode = len(jobs), _decode_in_turn
+    told = _Told(on_token, on_partial, on_passes, on_caption)
     parts = [
-        decode(gpt, jobs[first : first + size], sampling, seed, on_token, on_partial, on_passes)
+        decode(gpt, jobs[first : first + size], sampling, seed, told)
         for first in range(0, len(jobs), size)
     ]
     layout = gpt.layout.config
@@ -86,6 +94,15 @@ def stream(job: Job, seed: int) -> np.random.Generator:
 def uniforms(job: Job, seed: int, n: int) -> np.ndarray:
     """The numbers in [0, 1) that pick the image's n tokens: a function of (seed, prompt, image, token) alone."""
     return stream(job, seed).random(n)
+
+
+class _Told(NamedTuple):
+    """Who is told what of the drawing; see `decode_image_ids`."""
+
+    token: OnToken | None
+    partial: OnPartial | None
+    passes: OnPasses | None
+    caption: OnCaption | None
 
 
 class PlainDrawing:
@@ -108,15 +125,17 @@ class PlainDrawing:
             token_B = torch.where(token_B == DRAWN, drawn_B, token_B)
         self.image_BI[:, index] = token_B
 
+    def caption_scores(self) -> Tensor | None:
+        """As `Drawing.caption_scores`."""
+        return self.rows.caption_scores(self.image_BI)
+
 
 def _decode_batch(
     gpt: GPT,
     jobs: Sequence[Job],
     sampling: SamplingConfig,
     seed: int,
-    on_token: OnToken | None,
-    on_partial: OnPartial | None,
-    on_passes: OnPasses | None,
+    told: _Told,
     *,
     start: Start,
 ) -> Tensor:
@@ -132,12 +151,15 @@ def _decode_batch(
     drawing = start([jobs[i] for i in order], uniform_IB, sampling)
     for index in range(n):
         drawing.step(index)
-        if on_token:
-            on_token(len(jobs))
-        if on_partial:
-            on_partial(jobs, lambda n_drawn=index + 1: drawing.image_BI[:, :n_drawn].cpu()[inverse])
-    for job in jobs if on_passes else ():
-        on_passes(job, job.n_passes(n))
+        if told.token:
+            told.token(len(jobs))
+        if told.partial:
+            told.partial(jobs, lambda n_drawn=index + 1: drawing.image_BI[:, :n_drawn].cpu()[inverse])
+    for job in jobs if told.passes else ():
+        told.passes(job, job.n_passes(n))
+    if told.caption and (score_B := drawing.caption_scores()) is not None:
+        for job, score in zip(jobs, score_B.cpu()[inverse].tolist(), strict=True):
+            told.caption(job, score)
     return drawing.image_BI.cpu()[inverse]
 
 
@@ -146,9 +168,7 @@ def _decode_in_turn(
     jobs: Sequence[Job],
     sampling: SamplingConfig,
     seed: int,
-    on_token: OnToken | None,
-    on_partial: OnPartial | None,
-    on_passes: OnPasses | None,
+    told: _Told,
 ) -> Tensor:
     """One image after the other, several tokens of it in a step."""
     images = []
@@ -160,12 +180,12 @@ def _decode_in_turn(
             n_passes = n_drawn = 0
             for ids_1I in jacobi_passes(rows, job, sampling, stream(job, seed)):
                 n_passes += 1
-                if on_token:
-                    on_token(ids_1I.shape[1] - n_drawn)
-                if on_partial:
-                    on_partial([job], ids_1I.cpu)
+                if told.token:
+                    told.token(ids_1I.shape[1] - n_drawn)
+                if told.partial:
+                    told.partial([job], ids_1I.cpu)
                 n_drawn = ids_1I.shape[1]
-            if on_passes:
-                on_passes(job, n_passes)
+            if told.passes:
+                told.passes(job, n_passes)
             images.append(ids_1I.cpu())
     return torch.cat(images)

@@ -91,7 +91,7 @@ def open_canvas(image: Image.Image | np.ndarray, change: Change) -> Canvas:
         DataError: not a picture, or a mask of another size.
         PromptError: numbers out of range, or a box that is not inside the picture.
     """
-    image_HW3 = _pixels(image)
+    image_HW3 = pixels_of(image)
     height, width = image_HW3.shape[:2]
     redrawn_HW = np.zeros((height, width), dtype=bool)
     if isinstance(change, Mask):
@@ -171,8 +171,9 @@ def paste(canvas: Canvas, drawn_HW3: np.ndarray, how: Paste) -> np.ndarray:
     return np.rint(canvas.image_HW3 * (1 - share_HW1) + drawn_HW3 * share_HW1).astype(np.uint8)
 
 
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+def pixels_of(image: Image.Image | np.ndarray) -> np.ndarray:
+    """uint8 (height, width, 3). Raises DataError for what is no picture."""
+    pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise DataError(f"picture: expected uint8 (height, width, 3), found {pixels.dtype} {pixels.shape}")
     return pixels

@@ -88,7 +88,7 @@ class Engine:
 
     def clip(self, clip: CLIP) -> CLIP:
         """What scores in the CLIP's place: faster where the engine is native, else itself."""
-        if self._made is None or not isinstance(self._made[1], NativeGPT) or not isinstance(clip, CLIP):
+        if self._made is None or not isinstance(self._made[1], NativeGPT):
             return clip
         if self._made_clip is None or self._made_clip[0] is not clip:
             try:
@@ -177,6 +177,10 @@ class _Measuring:
         self._drawing.step(index)
         if index == self._n - 1 and isinstance(self._drawing, CompiledDrawing):
             self._remember(index)
+
+    def caption_scores(self) -> Tensor | None:
+        """As `Drawing.caption_scores`."""
+        return self._drawing.caption_scores()
 
     def _compile(self, index: int) -> None:
         self._since = self._now()

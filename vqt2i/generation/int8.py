@@ -38,11 +38,13 @@ class Int8ImageHead(Int8Linear):
 
     def __init__(self, gpt: GPT) -> None:
         self.first = gpt.layout.first_image_id
-        super().__init__(gpt.head.weight[self.first :])
+        bias = gpt.head.bias
+        super().__init__(gpt.head.weight[self.first :], None if bias is None else bias[self.first :])
+        self.norm = gpt.head.norm
 
     def forward(self, hidden_BLD: Tensor, rows: slice) -> Tensor:
         assert rows == slice(self.first, None)
-        return super().forward(hidden_BLD)
+        return super().forward(self.norm(hidden_BLD))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import free_memory, measured_peak, say
-from vqt2i.vq import ImageTokenizer
+from vqt2i.vq import AnyImageTokenizer, PaletteTokenizer
 
 ROWS_AT_ONCE = 64  # images decoded together at the most: more take as long for each
 FINISHED_AT_ONCE = 16  # candidates of a prompt that become pictures and are scored together
@@ -56,7 +56,7 @@ def decoding_needs(
     element = gpt.embedding.weight.element_size()
     kept = FP32 if gpt.device.type == "cpu" else element  # as in Branches
     n = gpt.layout.image_length
-    prefix = gpt.layout.prefix_length if text_length is None else 3 + text_length
+    prefix = gpt.layout.prefix_length if text_length is None or layout.padding != "masked" else 3 + text_length
     guided = sampling.guided_tokens(n)
     branches = 1 + bool(guided) + mixed
     position = 2 * config.n_layers * config.width * kept
@@ -72,23 +72,26 @@ def decoding_needs(
         catching_up = guided.start * max(scores + 5 * config.width * element, _activations(config, element))
         catching_up += branches * layout.n_image_ids * FP32  # the others' logits wait meanwhile
 
-    of_image = branches * (n - 1) * position + prefix * position // count + 3 * n * 8  # ids and random numbers
+    added = branches * (n - 1)
+    if guided and layout.null_condition == "image_first":  # the rows for guidance go on to the text
+        added += gpt.layout.length - 2 - (n - 1)
+    of_image = added * position + prefix * position // count + 3 * n * 8  # ids and random numbers
     # a batch may begin and end within a prompt's candidates; the null condition has a prefix too
     fixed = branches * prefix * position + reading
     return Needs(fixed, of_image + max(stepping, picking, catching_up, reading // count))
 
 
-def finishing_needs(vq: ImageTokenizer, gpt: GPT, clip: CLIP | None, captioned: bool) -> Needs:
+def finishing_needs(vq: AnyImageTokenizer, gpt: GPT, clip: CLIP | None, captioned: bool) -> Needs:
     """Of turning ids into pictures and scoring these with `clip`, and by the caption score where `captioned`."""
     layout = gpt.layout
-    height, width = layout.config.grid_height, layout.config.grid_width // vq.config.quantizer.ids_per_cell
+    height, width = layout.config.grid_height, layout.config.grid_width // vq.config.ids_per_cell
     picture = 3 * FP32 * height * width * vq.config.downsample**2
     steps = [_decoder_needs(vq, height, width)]
     if clip is not None:
         vision, text = clip.config.vision, clip.config.text
         element = next(clip.parameters()).element_size()
-        pixels = 2 * 3 * FP32 * clip.config.image_size_px**2
-        per_image = pixels + clip.config.n_patches * _activations(vision, element)
+        pixels = 3 * 3 * FP32 * clip.config.image_size_px**2  # as drawn, as read, in patches
+        per_image = pixels + len(clip.patch_positions) * _activations(vision, element)
         steps.append(Needs((clip.config.text_length + 1) * _activations(text, element), per_image))
     if captioned:
         element = gpt.embedding.weight.element_size()
@@ -103,8 +106,10 @@ def _activations(config: TransformerConfig, element: int) -> int:
     return element * (3 * config.width + max(6 * config.width, 4 * config.mlp_width))
 
 
-def _decoder_needs(vq: ImageTokenizer, height: int, width: int) -> Needs:
+def _decoder_needs(vq: AnyImageTokenizer, height: int, width: int) -> Needs:
     """By running the decoder without data, for one image and for two."""
+    if isinstance(vq, PaletteTokenizer):
+        return Needs(0, (3 + 3 * FP32) * height * width)  # 8-bit colours, and these as numbers
     element = next(vq.decoder.parameters()).element_size()
     one, two = (
         tracked_peak(_on_meta(vq.decoder), torch.empty(

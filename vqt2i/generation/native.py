@@ -11,7 +11,17 @@ from torch import Tensor
 from vqt2i.clip import CLIP
 from vqt2i.gpt import GPT, Sequences
 from vqt2i.nn.cache import BranchedCache, PrefixCache
-from vqt2i.nn.native import DTYPES, EMBED, LOGITS, NORMED, RESIDUAL, NativePrecision, NativeTransformer, Operation
+from vqt2i.nn.native import (
+    DTYPES,
+    EMBED,
+    LOGITS,
+    NORMED,
+    RESIDUAL,
+    NativePrecision,
+    NativeTransformer,
+    Operation,
+    as_table,
+)
 
 
 class NativeGPT:
@@ -25,16 +35,18 @@ class NativeGPT:
 
     def __init__(self, gpt: GPT, precision: NativePrecision) -> None:
         self.layout, self.reader, self.device, self.precision = gpt.layout, gpt.reader, gpt.device, precision
-        self._gpt = gpt
+        self._gpt, self.config = gpt, gpt.config
         transformer = NativeTransformer(gpt.transformer, gpt.config.transformer, precision, gpt.visible_by_layer())
         self._transformer = transformer
         first = gpt.layout.first_image_id
         self._cos_sin_IH, places_ID = self._positions()
         table_VD = gpt.embedding.weight[first : first + gpt.layout.config.n_image_ids]
         tables = {"weight": table_VD, "bias": places_ID}
+        self._blocks = list(transformer.list_operations(keeps=True))
         operations = [
             transformer.operation(EMBED, RESIDUAL, RESIDUAL, tables, n_out=table_VD.shape[1]),
-            *transformer.list_operations(keeps=True),
+            *self._blocks,
+            *([transformer.norm(gpt.head.norm, NORMED, NORMED)] if gpt.config.head.norm else []),
             transformer.product(gpt.head, NORMED, LOGITS, rows=slice(first, None)),
         ]
         self._operations = (Operation * len(operations))(*operations)
@@ -65,14 +77,20 @@ class NativeGPT:
         )
         return logits_BLV
 
+    def read_on(self, part: Sequences, cache: BranchedCache) -> Tensor:
+        """As `GPT.read_on` without masks, for parts that are alike in their positions."""
+        before_B = cache.n_before_B if self.config.positions == "sequence" else None
+        x_BLD, cos_sin = self._gpt.embed(part, before_B)
+        return self._transformer.read_on(self._blocks, x_BLD, cache, cos_sin)
+
     def _positions(self) -> tuple[Tensor | None, Tensor | None]:
         """Of each image token: cosines and sines, (I, H), or what is added to its embedding, (I, D)."""
         gpt = self._gpt
         if gpt.config.positions == "sequence":
             return None, gpt.position_embeddings[0].weight
         image = self.layout.image_part(torch.zeros(1, self.layout.image_length, dtype=torch.long))
-        if gpt.config.positions == "rotary":
-            return torch.cat([t[0, 0] for t in gpt.rotary(image.positions_BLA)], dim=-1), None
+        if gpt.config.turns:
+            return as_table(gpt.rotary(image.positions_BLA)), None
         embedded_1ID, _ = gpt.embed(image)
         return None, embedded_1ID[0] - gpt.embedding(image.ids_BL)[0]
 

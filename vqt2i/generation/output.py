@@ -83,7 +83,7 @@ class OutputFolder:
             require_free(path)
         else:
             _require_same(path, request)
-        records = [] if self._new else _read_records(path)
+        records = [] if self._new else read_records(path)
         self.n_done = len(records)
         for partial in [] if self._new else path.rglob(PARTIAL_PREFIX + "*"):
             partial.unlink()  # left by a process that was killed
@@ -121,9 +121,9 @@ class OutputFolder:
         """How many prompts are drawn, those that wait for their turn included."""
         return self.n_done + len(self._finished())
 
-    def write(self, group: Sequence[Sample]) -> None:
+    def write(self, group: Sequence[Sample], facts: dict[str, Any] | None = None) -> None:
         """Write the first `n` of a prompt's candidates as pictures, then the scores of all of them."""
-        record = write_group(self.path, self.request, group)
+        record = write_group(self.path, self.request, group, facts)
         if group[0].prompt_index == self.n_done:
             self._append(record)
             self.collect()
@@ -159,8 +159,13 @@ class OutputFolder:
         write_atomic(path, png_bytes(labelled_grid(self.path, self._ungridded)))
 
 
-def write_group(folder: Path, request: Request, group: Sequence[Sample]) -> dict[str, Any]:
-    """Write the first `n` of a prompt's candidates as pictures; returns its record, with the scores of all of them."""
+def write_group(
+    folder: Path, request: Request, group: Sequence[Sample], facts: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the first `n` of a prompt's candidates as pictures; returns its record, with the scores of all of them.
+
+    facts: more that the record is to hold.
+    """
     folder.mkdir(parents=True, exist_ok=True)  # another process may come first
     number, candidates = _number(group[0].prompt_index, len(request.prompts)), []
     for rank, sample in enumerate(group):
@@ -170,7 +175,8 @@ def write_group(folder: Path, request: Request, group: Sequence[Sample]) -> dict
         })  # fmt: skip
         if name:
             write_picture(folder / name, sample, request)
-    return {"prompt": group[0].prompt, "n_truncated_ids": group[0].n_truncated, "candidates": candidates}
+    record = {"prompt": group[0].prompt, "n_truncated_ids": group[0].n_truncated, "candidates": candidates}
+    return record | (facts or {})
 
 
 def set_aside(folder: Path, request: Request, prompt_index: int, record: dict[str, Any]) -> None:
@@ -243,6 +249,15 @@ def write_picture(path: Path, sample: Sample, request: Request) -> None:
     sample.image.save(path, pnginfo=info)
 
 
+def read_prompt(path: Path) -> str:
+    """The prompt of a picture that `write_picture` wrote; of other files the empty one."""
+    try:
+        with Image.open(path) as picture:
+            return str(json.loads(picture.text["vqt2i"])["prompt"])
+    except (OSError, AttributeError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def labelled_grid(folder: Path, records: Sequence[dict[str, Any]]) -> Image.Image:
     """For each line of scores its prompt, below it its kept pictures (enlarged without smoothing), their scores.
 
@@ -313,7 +328,7 @@ def _differences(there: Request, now: Request) -> Iterator[str]:
             yield f"{key} {before.get(key)}, now {after.get(key)}"
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of scores in `path`; one that was cut off in the writing is removed, its prompt was not finished.
 
     Raises:

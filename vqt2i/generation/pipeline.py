@@ -4,6 +4,7 @@ import copy
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,14 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqt2i.checkpoint import read_card
-from vqt2i.clip import CLIP
+from vqt2i.clip import CLIP, Prior
 from vqt2i.config import load_config
 from vqt2i.data.images import GREY, to_tensor, to_uint8
 from vqt2i.errors import PromptError, ResourceError
 from vqt2i.generation.batches import Packer
 from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption, caption_images, require_reads_images
 from vqt2i.generation.decode import Job, decode_image_ids
-from vqt2i.generation.edit import Change, Paste, Vary, fit_grid, fix_kept, open_canvas, paste, varied_cells
+from vqt2i.generation.edit import Change, Paste, Vary, fit_grid, fix_kept, open_canvas, paste, pixels_of, varied_cells
 from vqt2i.generation.engine import Engine, EngineName, PrecisionName
 from vqt2i.generation.memory import (
     FINISHED_AT_ONCE,
@@ -40,10 +41,12 @@ from vqt2i.generation.rerank import EditScorer, Scorer, caption_scores, combine,
 from vqt2i.generation.rows import Mixed
 from vqt2i.generation.samples import Mix, Preview, Sample
 from vqt2i.generation.sampling import SamplingConfig
+from vqt2i.generation.upscale import Small, require_upscalable, require_upscaler, upscale_ids
 from vqt2i.gpt import GPT, Condition
 from vqt2i.runtime import pick_device
 from vqt2i.text import TextTokenizer, clean_text
-from vqt2i.vq import ImageTokenizer
+from vqt2i.text.encoder import TextEncoder
+from vqt2i.vq import AnyImageTokenizer
 
 Offload = Literal["auto", "never", "always"]
 
@@ -62,10 +65,11 @@ class _Asked(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """An image's ids, (height, width), and the passes of the GPT that it took."""
+    """An image's ids, (height, width), the passes of the GPT that it took, and its caption score if drawing gave it."""
 
     ids_HW: Tensor
     n_passes: int
+    caption: float | None
 
 
 def n_candidates(n: int, rerank: int | None) -> int:
@@ -83,7 +87,7 @@ def n_candidates(n: int, rerank: int | None) -> int:
 
 
 class TextToImage:
-    """The four parts and how to sample from them. `clip` may be None.
+    """The parts and how to sample from them. `clip` and `prior` may be None.
 
     Attributes:
         memory: bytes that weights and drawing may take of the GPT's device; None is what is free.
@@ -92,14 +96,23 @@ class TextToImage:
 
     def __init__(
         self,
-        text: TextTokenizer,
-        vq: ImageTokenizer,
+        text: TextTokenizer | None,
+        vq: AnyImageTokenizer,
         gpt: GPT,
         clip: CLIP | None,
         config: PipelineConfig,
         engine: Engine | None = None,
+        clip_text: TextTokenizer | None = None,
+        prior: Prior | None = None,
+        encoder: TextEncoder | None = None,
     ) -> None:
-        """engine: None is what `Engine` chooses where the GPT is."""
+        """
+        Args:
+            engine: None is what `Engine` chooses where the GPT is.
+            clip_text: the tokenizer that `clip` reads; None is `text`.
+            prior, encoder: stay on the CPU, a prompt is read once.
+        """
+        self.clip_text, self.prior, self.encoder = clip_text or text, prior, encoder
         self.text, self.vq, self.gpt, self.clip, self.config = text, vq, gpt, clip, config
         self.engine = engine or Engine("auto", "auto", gpt.device)
         self.memory: int | None = None
@@ -117,7 +130,7 @@ class TextToImage:
         memory_gb: float | None = None,
         offload: Offload = "auto",
     ) -> "TextToImage":
-        """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` (optional) and `pipeline.yaml`.
+        """Load a pipeline folder: `text/`, `vq/`, `gpt/`, `clip/` and `prior/` (both optional) and `pipeline.yaml`.
 
         Args:
             engine: how the GPT decodes, which changes its speed only; "auto" is what ends a job soonest.
@@ -147,10 +160,13 @@ class TextToImage:
         memory_gb: float | None = None,
         offload: Offload = "auto",
     ) -> "TextToImage":
-        """Load parts from a folder each (None for no `clip`) and check that they belong together; see `load`."""
-        text, vq, gpt, clip = load_parts(folders)
+        """Load parts from a folder each (see `load_parts`) and check that they belong together; see `load`."""
+        parts = load_parts(folders)
         place = pick_device(device)
-        pipeline = cls(text, vq, gpt, clip, config, Engine(engine, precision, place))
+        pipeline = cls(
+            parts.text, parts.vq, parts.gpt, parts.clip, config, Engine(engine, precision, place), parts.clip_text,
+            parts.prior, parts.encoder,
+        )  # fmt: skip
         pipeline.gpt_folder = folders["gpt"]
         pipeline.place(place, None if memory_gb is None else int(memory_gb * 1e9), offload)
         return pipeline
@@ -179,13 +195,14 @@ class TextToImage:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Content hash of each part."""
-        parts = {"text": self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip}
+        parts = {"text": self.encoder or self.text, "vq": self.vq, "gpt": self.gpt, "clip": self.clip,
+                 "prior": self.prior}  # fmt: skip
         return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
     @property
     def default_scorer(self) -> Scorer:
         """What ranks candidates where nothing else is said."""
-        if not self.gpt.layout.reads_text:
+        if not self.gpt.layout.has_both_orders:
             return "clip"
         return "both" if self.clip else "caption"
 
@@ -209,7 +226,8 @@ class TextToImage:
 
         Args:
             prompts: what to draw, in any language; a single string is one prompt. A picture where the GPT reads
-                embeddings: variations of it. The number of a class where it reads labels, "" where it reads nothing.
+                embeddings: variations of it. The name of a class where it reads labels (its number where they have no
+                names), "" for none of them or where it reads nothing.
             rerank: candidates drawn per prompt and scored; None draws just `n` and scores nothing.
             scorer: what ranks them; None is "both" where the pipeline has a CLIP, else "caption"; "clip" where the GPT
                 reads no text.
@@ -266,19 +284,19 @@ class TextToImage:
         """
         if count < 1:
             raise PromptError(f"number of pictures: found {count}, expected 1 or more")
-        scorer = scorer or self.default_scorer
-        if scorer not in get_args(Scorer):
-            raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
-        if scored and scorer != "clip" and not self.gpt.layout.reads_text:
-            raise PromptError(f"scorer {scorer!r}: this GPT reads no text; use the scorer 'clip'")
-        if scored and scorer != "caption" and self.clip is None:
-            raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
-                              "or use the scorer 'caption'")  # fmt: skip
-        sampling = sampling or self.config.sampling
         prompts = [prompts] if isinstance(prompts, str | Picture) else prompts
         prompts = [clean_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         for prompt in prompts:
             self._reader.require_readable(prompt)
+        scorer = scorer or self.default_scorer
+        if scorer not in get_args(Scorer):
+            raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
+        if scored and scorer != "clip" and not self.gpt.layout.has_both_orders:
+            raise PromptError(f"scorer {scorer!r}: this GPT predicts no text from an image; use the scorer 'clip'")
+        if scored and scorer != "caption" and self.clip is None:
+            raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
+                              "or use the scorer 'caption'")  # fmt: skip
+        sampling = sampling or self.config.sampling
         beside = self._beside(negative, mix, sampling)
         asked = _Asked(prompts, count, scorer if scored else None, sampling, *beside, mix, seed)
         indices = range(len(prompts)) if indices is None else indices
@@ -287,30 +305,38 @@ class TextToImage:
 
     @property
     def _reader(self) -> PromptReader:
-        return PromptReader(self.text, self.gpt, self.clip, self.vq.config.image_size_px)
+        size_px = self.vq.config.image_size_px
+        return PromptReader(self.text, self.gpt, self.clip, size_px, self.clip_text, self.prior, self.encoder)
 
     def _beside(
         self, negative: str | None, mix: Mix | None, sampling: SamplingConfig
     ) -> tuple[Condition | None, Mixed | None]:
-        led_from = self._whole("negative prompt", negative) if negative else None
-        if led_from and not sampling.guided_tokens(self.gpt.layout.image_length):
-            start, end = sampling.guidance_interval
-            raise PromptError(f"negative prompt {negative[:40]!r}: guidance {sampling.guidance:g} from {start:g} to "
-                              f"{end:g} of an image acts on no token, so nothing would read it; expected a guidance "
-                              "other than 1")  # fmt: skip
+        read = self._reader.condition
+        for text in filter(None, (negative, mix and mix.text)):
+            self._reader.require_readable(clean_text(text))
+        led_from = read(self._negative(negative, sampling)) if negative else None
         if mix and not 0 < mix.share < 1:
             raise PromptError(f"share of {mix.text[:40]!r}: found {mix.share:g}, expected more than 0 and less than 1")
-        return led_from, Mixed(self._whole("mixed-in text", mix.text), mix.share) if mix else None
+        return led_from, Mixed(read(self._whole("mixed-in text", mix.text)), mix.share) if mix else None
 
-    def _whole(self, what: str, text: str) -> Condition:
-        """What is read of a text that all prompts share, which is worth a complaint where it is too long."""
+    def _negative(self, text: str, sampling: SamplingConfig) -> str:
+        """A negative prompt as it is read. Raises PromptError where nothing would read all of it."""
+        whole = self._whole("negative prompt", text)
+        if not sampling.guided_tokens(self.gpt.layout.image_length):
+            start, end = sampling.guidance_interval
+            raise PromptError(f"negative prompt {text[:40]!r}: guidance {sampling.guidance:g} from {start:g} to "
+                              f"{end:g} of an image acts on no token, so nothing would read it; expected a guidance "
+                              "other than 1")  # fmt: skip
+        return whole
+
+    def _whole(self, what: str, text: str) -> str:
+        """A text that all prompts share, as it is read, which is worth a complaint where it is too long."""
         text, reader = clean_text(text), self._reader
-        reader.require_readable(text)
         if n_unread := reader.n_unread(text):
             limit = reader.most_ids
             raise PromptError(f"{what} {text[:40]!r}: {limit + n_unread} ids, the model reads {limit}; expected a "
                               "shorter one")  # fmt: skip
-        return reader.condition(text)
+        return text
 
     def _budget(self, asked: _Asked) -> Budget:
         scorer = asked.scorer
@@ -332,7 +358,8 @@ class TextToImage:
         on_preview: Callable[[Preview], None] | None,
     ) -> Iterator[dict[Job, _Drawn]]:
         """Batches of images."""
-        n_tokens, n_passes = 0, {}
+        n_tokens, n_passes, captions = 0, {}, {}
+        captioned = asked.scorer in ("caption", "both") and not asked.mix
 
         def count_tokens(n: int) -> None:
             nonlocal n_tokens
@@ -349,7 +376,7 @@ class TextToImage:
             decode = partial(
                 decode_image_ids, self.engine.gpt(self.gpt), jobs, asked.sampling, asked.seed, start=start,
                 rows_at_once=len(jobs), on_token=count_tokens, on_partial=on_partial if on_preview else None,
-                on_passes=n_passes.__setitem__,
+                on_passes=n_passes.__setitem__, on_caption=captions.__setitem__ if captioned else None,
             )  # fmt: skip
             n_tokens, ids_BHW = 0, None
             with suppress(torch.OutOfMemoryError):
@@ -359,7 +386,10 @@ class TextToImage:
                 budget.ran_out(len(jobs))
                 packer.give_back(jobs)
             else:
-                yield {job: _Drawn(ids, n_passes.pop(job)) for job, ids in zip(jobs, ids_BHW, strict=True)}
+                yield {
+                    job: _Drawn(ids, n_passes.pop(job), captions.pop(job, None))
+                    for job, ids in zip(jobs, ids_BHW, strict=True)
+                }
 
     def _first_job(self, asked: _Asked, prompt_index: int) -> Job:
         condition = self._reader.condition(asked.prompts[prompt_index])
@@ -390,13 +420,17 @@ class TextToImage:
         jobs = sorted(drawn, key=lambda job: job.image_index)
         ids_BHW = torch.stack([drawn[job].ids_HW for job in jobs])
         pictures, scores, start = [], defaultdict(list), 0
+        captions = [drawn[job].caption for job in jobs]
+        scorer = asked.scorer
+        if scorer in ("caption", "both") and None not in captions:  # that score is there already
+            scorer = "clip" if scorer == "both" else None
         prompt = asked.prompts[jobs[0].prompt_index]
         while start < len(jobs):
             part_BHW = ids_BHW[start : start + budget.finished]
             done = None
             with suppress(torch.OutOfMemoryError):
                 image_B3HW = self._decode(part_BHW, budget.finished)
-                done = self._score(asked.scorer, image_B3HW, part_BHW, prompt, asked.mix) if asked.scorer else {}
+                done = self._score(scorer, image_B3HW, part_BHW, prompt, asked.mix) if scorer else {}
             if done is None:
                 budget.ran_out_finishing(len(part_BHW))
                 continue
@@ -405,6 +439,8 @@ class TextToImage:
             for name, score_B in done.items():
                 scores[name].append(score_B)
         ranking = {name: torch.cat(parts) for name, parts in scores.items()}
+        if scorer != asked.scorer:
+            ranking["caption"] = torch.tensor(captions)
         if len(ranking) > 1:
             ranking["both"] = combine(ranking)
         n_truncated = self._reader.n_unread(prompt)
@@ -496,8 +532,71 @@ class TextToImage:
             ConfigError: the GPT's positions have no place for such a grid.
         """
         other = copy.copy(self)
-        other.gpt = self.gpt.with_grid(rows, columns * self.vq.config.quantizer.ids_per_cell)
+        other.gpt = self.gpt.with_grid(rows, columns * self.vq.config.ids_per_cell)
         return other
+
+    def upscale(
+        self,
+        pictures: Sequence[Sample | Image.Image | np.ndarray],
+        prompts: str | Sequence[str] | None = None,
+        *,
+        n: int = 1,
+        sampling: SamplingConfig | None = None,
+        negative: str | None = None,
+        seed: int = 0,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> list[Sample]:
+        """`n` pictures of twice the height and width of each, picture by picture, by a GPT for super-resolution.
+
+        Each depends on its picture, prompt and indices, and the seed; not on what is drawn beside it.
+
+        Args:
+            pictures: samples are drawn from their own ids, which must be of the same image tokenizer (else give them
+                `image_ids` of it), and keep their indices and scores. Images have sides that a cell divides, no smaller
+                than what a window is drawn from; uint8 (height, width, 3) or Pillow's.
+            prompts: what they show, one for all or one for each; None is a sample's own, and for images the empty one.
+            on_progress: called after each step with how much was drawn in it, in pictures.
+
+        Raises:
+            DataError: not a picture, or one of other sides.
+            PromptError: numbers out of range, another number of prompts than of pictures, a negative prompt that could
+                not be read to its end or by nothing, or a GPT that does not upscale.
+        """
+        require_upscaler(self.gpt)
+        n, sampling = n_candidates(n, None), sampling or self.config.sampling
+        led_from = tuple(self.text.encode(self._negative(negative, sampling))) if negative else None
+        texts = [prompts] * len(pictures) if prompts is None or isinstance(prompts, str) else prompts
+        if len(texts) != len(pictures):
+            raise PromptError(f"{len(texts)} prompts for {len(pictures)} pictures: expected one for all or for each")
+        given = [self._given(picture, at, texts[at]) for at, picture in enumerate(pictures)]
+        wanted = [replace(s, image_index=n * s.image_index + i, seed=seed) for s in given for i in range(n)]
+        ids = upscale_ids(
+            self.engine.gpt(self.gpt), [self._small(sample, led_from) for sample in wanted], sampling, seed,
+            ids_per_cell=self.vq.config.ids_per_cell, start=self.engine.start(self.gpt, len(wanted)),
+            on_progress=on_progress,
+        )  # fmt: skip
+        with self._at_work(self.vq):
+            return [
+                replace(s, image_HW3=to_uint8(self._decode(ids_HW[None], 1))[0], image_ids_HW=ids_HW.numpy())
+                for s, ids_HW in zip(wanted, ids, strict=True)
+            ]
+
+    def _given(self, picture: Sample | Image.Image | np.ndarray, index: int, prompt: str | None) -> Sample:
+        """A picture that is to be drawn larger, with its ids."""
+        cell_px, per_cell = self.vq.config.downsample, self.vq.config.ids_per_cell
+        if isinstance(picture, Sample):
+            rows, columns = picture.image_ids_HW.shape
+            require_upscalable(rows * cell_px, columns // per_cell * cell_px, self.gpt, self.vq)
+            return picture if prompt is None else replace(picture, prompt=clean_text(prompt))
+        image_HW3, prompt = pixels_of(picture), clean_text(prompt or "")
+        require_upscalable(*image_HW3.shape[:2], self.gpt, self.vq)
+        ids_HW = self.image_ids(image_HW3).numpy()
+        return Sample(prompt, index, 0, 0, image_HW3, ids_HW, self._reader.n_unread(prompt))
+
+    def _small(self, sample: Sample, negative: tuple[int, ...] | None) -> Small:
+        text = tuple(self.text.encode(sample.prompt))
+        ids_HW = torch.from_numpy(sample.image_ids_HW)
+        return Small(ids_HW, text, sample.prompt_index, sample.image_index, negative)
 
     def edit(
         self,
@@ -533,8 +632,9 @@ class TextToImage:
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(EditScorer))}")
         if rerank and scorer in ("clip", "both") and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; use the scorer 'likelihood' or 'caption'")
-        if rerank and scorer in ("caption", "both") and not self.gpt.layout.reads_text:
-            raise PromptError(f"scorer {scorer!r}: this GPT reads no text; use the scorer 'likelihood' or 'clip'")
+        if rerank and scorer in ("caption", "both") and not self.gpt.layout.has_both_orders:
+            raise PromptError(f"scorer {scorer!r}: this GPT predicts no text from an image; use the scorer "
+                              "'likelihood' or 'clip'")  # fmt: skip
         if pasted and pasted.feather_px < 0:
             raise PromptError(f"feather of {pasted.feather_px} pixels: expected 0 or more")
         if pasted and isinstance(change, Vary):
@@ -544,7 +644,7 @@ class TextToImage:
         led_from, _ = self._beside(negative, None, sampling)
         canvas, condition = open_canvas(image, change), self._reader.condition(prompt)
         kept_ids_HW = self._encode(canvas.image_HW3)
-        cells = kept_ids_HW.shape[0], kept_ids_HW.shape[1] // self.vq.config.quantizer.ids_per_cell
+        cells = kept_ids_HW.shape[0], kept_ids_HW.shape[1] // self.vq.config.ids_per_cell
         jobs = []
         for index in range(count):
             varied = isinstance(change, Vary)
@@ -569,15 +669,21 @@ class TextToImage:
         ]  # fmt: skip
         return sorted(samples, key=lambda s: -s.scores[scorer])[:n] if rerank else samples
 
-    @torch.inference_mode()
     def _encode(self, image_HW3: np.ndarray) -> Tensor:
         """The ids of a picture of the shape of the GPT's grid, (grid height, grid width) on the CPU."""
         layout, vq = self.gpt.layout.config, self.vq.config
-        fitted_HW3 = fit_grid(
-            image_HW3, layout.grid_height, layout.grid_width // vq.quantizer.ids_per_cell, vq.downsample
-        )
+        columns = layout.grid_width // vq.ids_per_cell
+        return self.image_ids(fit_grid(image_HW3, layout.grid_height, columns, vq.downsample))
+
+    @torch.inference_mode()
+    def image_ids(self, image_HW3: np.ndarray) -> Tensor:
+        """The image tokenizer's ids of a picture, (grid height, grid width) on the CPU.
+
+        Raises:
+            DataError: its sides are not made of whole cells.
+        """
         with self._at_work(self.vq):
-            return self.vq.encode(to_tensor(fitted_HW3)[None].to(self.gpt.device))[0].cpu()
+            return self.vq.encode(to_tensor(image_HW3)[None].to(self.gpt.device))[0].cpu()
 
     def _score_edits(
         self, scorer: EditScorer, image_B3HW: Tensor, ids_BHW: Tensor, prompt: Prompt

@@ -58,10 +58,11 @@ def likelihood_scores(gpt: GPT, image_ids_BHW: Tensor, conditions: Sequence[Cond
 
 
 def combine(scores: dict[str, Tensor]) -> Tensor:
-    """Sum of the scores of one prompt's candidates, each brought to mean 0 and deviation 1 among them."""
+    """Sum of the scores of a prompt's candidates, (..., B), each brought to mean 0 and deviation 1 among them."""
     return torch.stack([_standardised(score) for score in scores.values()]).sum(0)
 
 
 def _standardised(score_B: Tensor) -> Tensor:
     score_B = score_B.double()
-    return (score_B - score_B.mean()) / score_B.std(correction=0).clamp_min(1e-9)
+    mean, deviation = score_B.mean(-1, keepdim=True), score_B.std(-1, correction=0, keepdim=True)
+    return (score_B - mean) / deviation.clamp_min(1e-9)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vqt2i.generation.sampling import SamplingConfig, guide
-from vqt2i.gpt import GPT, Condition
+from vqt2i.gpt import GPT, Condition, caption_log_probability
 from vqt2i.nn.cache import BranchedCache, Branches, PrefixCache
+from vqt2i.nn.sparsity import DenseConfig
 
 FixedIds = tuple[int | None, ...]
 DRAWN = -1  # stands in tensors of fixed ids where none is
@@ -67,7 +68,7 @@ class GuidedRows:
 
     def __init__(self, gpt: GPT, jobs: Sequence[Job], sampling: SamplingConfig) -> None:
         """Read the conditions. Jobs of equal ones side by side share them."""
-        self.gpt, self.n_images = gpt, len(jobs)
+        self.gpt, self.jobs = gpt, jobs
         n = gpt.layout.image_length
         self.guided = sampling.guided_tokens(n)
         self.scale_I1 = torch.tensor(sampling.guidance_scales(n), device=gpt.device)[:, None]
@@ -75,13 +76,17 @@ class GuidedRows:
         self.image_R = torch.tensor([*range(len(jobs)), *mixed], device=gpt.device)
         shares = [1 - job.mixed.share if job.mixed else 1.0 for job in jobs] + [m.share for m in mixed.values()]
         self.share_R11 = torch.tensor(shares, device=gpt.device)[:, None, None] if mixed else None
-        self.first, branches = _prefill(gpt, [job.condition for job in jobs] + [m.condition for m in mixed.values()])
+        conditions = [job.condition for job in jobs]
+        self.first, branches = _prefill(gpt, conditions + [m.condition for m in mixed.values()], n - 1)
         self.conditional = self.all = BranchedCache(branches)
         self.caches = [self.conditional]
         if self.guided:
             null_of = gpt.reader.null
             led_from = [null_of(job.condition) if job.negative is None else job.negative for job in jobs]
-            self.first_null, null = _prefill(gpt, led_from)
+            # where these can go on to their texts: room for all of image → text but its mark and the EOT at its end
+            self._led_from_images = gpt.layout.config.null_condition == "image_first" and not any(led_from)
+            n_more = gpt.layout.length - 2 if self._led_from_images else n - 1
+            self.first_null, null = _prefill(gpt, led_from, n_more)
             self.null, self.all = BranchedCache(null), BranchedCache([*branches, *null])
             self.caches.append(self.null)
 
@@ -112,10 +117,23 @@ class GuidedRows:
         for cache in self.caches:
             cache.rewind(max(0, cache.n_filled - n))
 
+    def caption_scores(self, image_BI: Tensor) -> Tensor | None:
+        """log p(text | image) per token in nats, (B,), of whole images and the texts that they were drawn for, by the
+        rows for guidance, which have read the images already; None where these cannot go on to a text.
+
+        Call it once, at the end: the rows are of no use for images after it.
+        """
+        dense = isinstance(self.gpt.config.sparsity, DenseConfig)  # a text sees all of an image, its ids not
+        if not (self.guided and self._led_from_images and dense):
+            return None
+        reader = self.gpt.reader
+        text = reader.collate([job.condition for job in self.jobs], self.gpt.device, whole=True)
+        return caption_log_probability(self.gpt, text, image_BI, self.null)
+
     def _mixed(self, logits_RLV: Tensor) -> Tensor:
         if self.share_R11 is None:
             return logits_RLV
-        mixed_BLV = logits_RLV.new_zeros(self.n_images, *logits_RLV.shape[1:])
+        mixed_BLV = logits_RLV.new_zeros(len(self.jobs), *logits_RLV.shape[1:])
         return mixed_BLV.index_add_(0, self.image_R, logits_RLV * self.share_R11)
 
 
@@ -143,11 +161,15 @@ def count_runs(conditions: Iterable[Condition]) -> list[tuple[Condition, int]]:
     return [(condition, len(list(rows))) for condition, rows in groupby(conditions)]
 
 
-def _prefill(gpt: GPT, conditions: Sequence[Condition]) -> _Prefilled:
-    """Read conditions, one for each row; equal ones side by side are read once, and equally many of each together."""
+def _prefill(gpt: GPT, conditions: Sequence[Condition], n_more: int) -> _Prefilled:
+    """Read conditions, one for each row; equal ones side by side are read once, and equally many of each together.
+
+    Args:
+        n_more: positions that rows may add.
+    """
     logits, branches = [], []
     for n_each, group in groupby(count_runs(conditions), key=lambda run: run[1]):
         read = read_conditions(gpt, [condition for condition, _ in group])
         logits.append(read.logits_GV.repeat_interleave(n_each, dim=0))
-        branches.append(Branches(read.cache, read.real_GP, n_each, gpt.layout.image_length - 1))
+        branches.append(Branches(read.cache, read.real_GP, n_each, n_more))
     return _Prefilled(torch.cat(logits)[:, None], branches)

@@ -4,8 +4,12 @@ from vqt2i.gpt.condition import (
     Condition,
     ConditionBatch,
     ConditionConfig,
+    FeatureCondition,
     LabelCondition,
     LinearProjection,
+    LowResolution,
+    LowResolutionBatch,
+    LowResolutionCondition,
     MLPProjection,
     Projection,
     TextCondition,
@@ -14,7 +18,7 @@ from vqt2i.gpt.condition import (
     Vectors,
 )
 from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss, image_log_probability
-from vqt2i.gpt.model import GPT, GPTConfig, Positions
+from vqt2i.gpt.model import GPT, GPTConfig, HeadConfig, Positions
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 
 __all__ = [
@@ -22,12 +26,17 @@ __all__ = [
     "Condition",
     "ConditionBatch",
     "ConditionConfig",
+    "FeatureCondition",
     "GPTConfig",
     "GPTLoss",
+    "HeadConfig",
     "LabelCondition",
     "LayoutConfig",
     "LinearProjection",
     "LossWeights",
+    "LowResolution",
+    "LowResolutionBatch",
+    "LowResolutionCondition",
     "MLPProjection",
     "Positions",
     "Projection",

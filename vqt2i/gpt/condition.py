@@ -2,19 +2,23 @@
 
     text      ids of a tokenizer; the layout says how many
     vectors   an embedding of CLIP, of an image in training and of a text in sampling (CLIP-GEN: Wang et al. 2022, arXiv
-              2203.00386), or features of an encoder such as T5 (LlamaGen: Sun et al. 2024, arXiv 2406.06525)
+              2203.00386)
+    features  of a text, one vector for each of its ids, by an encoder such as T5 (LlamaGen: Sun et al. 2024, arXiv
+              2406.06525)
     label     a class, a learned vector each (LlamaGen); without classes the GPT is unconditional, as iGPT (Chen et al.
               2020)
+    low_resolution    a text, and the ids of what is drawn in half the resolution (super-resolution of CogView: Ding et
+              al. 2021, arXiv 2105.13290, §3.2)
 
 Each has a null condition for classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): the empty text, learned
-vectors, one label more.
+vectors, one label more; the ids of low resolution stay, without their text.
 
-B batch, N vectors, C their width
+B batch, N vectors, C their width, M ids of low resolution
 """
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from vqt2i.config import Config
@@ -58,14 +62,40 @@ class VectorCondition(Config):
     encoder: str
 
 
+class FeatureCondition(VectorCondition):
+    """As many vectors as the text has ids for its encoder, its mark of the end included; the rest of it is not read.
+
+    cleaning: of texts before they are read: "web" as they were for LlamaGen's training (`text.cleaning`).
+    """
+
+    kind: Literal["features"] = "features"
+    cleaning: Literal["none", "web"] = "none"
+
+
 class LabelCondition(Config):
-    """One of `n_labels` classes, or nothing at all for 0 of them."""
+    """One of `n_labels` classes, or nothing at all for 0 of them. names: of all classes, or of none."""
 
     kind: Literal["label"] = "label"
     n_labels: NonNegativeInt = 0
+    names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _every_label_has_a_name_of_its_own(self) -> "LabelCondition":
+        if self.names and len(set(self.names)) != self.n_labels:
+            raise ValueError(f"names: found {len(set(self.names))} different ones, expected n_labels ({self.n_labels})")
+        return self
 
 
-ConditionConfig = Annotated[TextCondition | VectorCondition | LabelCondition, Field(discriminator="kind")]
+class LowResolutionCondition(Config):
+    """A text, which `LayoutConfig` has the sizes of, and the image at half the height and width of the grid."""
+
+    kind: Literal["low_resolution"] = "low_resolution"
+
+
+ConditionConfig = Annotated[
+    TextCondition | VectorCondition | FeatureCondition | LabelCondition | LowResolutionCondition,
+    Field(discriminator="kind"),
+]
 
 
 class Vectors(NamedTuple):
@@ -75,8 +105,15 @@ class Vectors(NamedTuple):
     values: bytes = b""
 
 
-# of one image, hashable and in an order: the ids of a text, vectors, a label (`n_labels` is the null)
-Condition = tuple[int, ...] | Vectors | int
+class LowResolution(NamedTuple):
+    """The ids of a text, and the codes of the image in half the resolution, row by row."""
+
+    text: tuple[int, ...]
+    codes: tuple[int, ...]
+
+
+# of one image, hashable and in an order: the ids of a text, vectors, a label (`n_labels` is the null), low resolution
+Condition = tuple[int, ...] | Vectors | int | LowResolution
 
 
 class VectorBatch(NamedTuple):
@@ -87,5 +124,12 @@ class VectorBatch(NamedTuple):
     null_B: Tensor
 
 
+class LowResolutionBatch(NamedTuple):
+    """codes_BM: of the images in half the resolution, long."""
+
+    text: TextBatch
+    codes_BM: Tensor
+
+
 # of a batch; labels are (B,) long
-ConditionBatch = TextBatch | VectorBatch | Tensor
+ConditionBatch = TextBatch | VectorBatch | Tensor | LowResolutionBatch

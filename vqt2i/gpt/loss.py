@@ -12,6 +12,7 @@ from torch import Tensor
 from vqt2i.config import Config
 from vqt2i.gpt.condition import ConditionBatch
 from vqt2i.gpt.model import GPT
+from vqt2i.nn.cache import BranchedCache
 from vqt2i.text.batch import TextBatch
 
 
@@ -35,17 +36,16 @@ class GPTLoss(NamedTuple):
     image_unconditional: Tensor
 
 
-def gpt_loss(
-    gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights
-) -> GPTLoss:
+def gpt_loss(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights) -> GPTLoss:
     """Loss of a batch whose first `n_reversed` rows are read image → text and the others condition → image.
 
-    In the reversed order the image comes first, so its loss is that of an unconditional image model. A condition that
-    is no text is never predicted: no rows are reversed, and of the loss there is the image's part alone.
+    In the reversed order the image comes first, so its loss is that of an unconditional image model. A GPT without that
+    order has no rows reversed; a condition that is not a text alone is never predicted either, so that of the loss
+    there is the image's part alone.
     """
-    if not gpt.layout.reads_text:
+    if not gpt.layout.has_both_orders:
         assert n_reversed == 0
-        return _image_loss(gpt, condition, image_BI, weights)
+        return _loss_in_one_order(gpt, condition, image_BI, weights)
     text: TextBatch = condition
     layout, n = gpt.layout, n_reversed
     back = layout.join_reversed(TextBatch(*(t[:n] for t in text)), image_BI[:n])
@@ -79,26 +79,40 @@ def gpt_loss(
     return GPTLoss(total=total, **parts)
 
 
-def _image_loss(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, weights: LossWeights) -> GPTLoss:
+def _loss_in_one_order(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, weights: LossWeights) -> GPTLoss:
     whole = gpt.reader(condition).then(gpt.layout.image_part(image_BI))
     hidden = gpt(whole.until(-1))
     nll, z = token_nll(gpt.image_logits(hidden[:, gpt.layout.image_targets(reversed_order=False)]), image_BI)
     none = nll.new_full((), torch.nan)
-    return GPTLoss(weights.image * nll.mean() + weights.z * z.mean(), nll.mean(), none, none, none)
+    total, text = weights.image * nll.mean() + weights.z * z.mean(), none
+    if gpt.layout.predicts_text:
+        at, n_ids = gpt.layout.text_targets(reversed_order=False), gpt.layout.first_image_id
+        targets = _shifted(whole.ids_BL, at)
+        counts = targets < n_ids
+        text_nll, text_z = token_nll(gpt.text_logits(hidden[:, at]), targets.clamp_max(n_ids - 1))
+        text = _mean(text_nll, counts)
+        total = total + weights.text * text + weights.z * _mean(text_z, counts)
+    return GPTLoss(total, nll.mean(), text, none, none)
 
 
-def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tensor:
+def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor, cache: BranchedCache | None = None) -> Tensor:
     """log p(text | image) in nats per token, EOT counted, (B,): the caption score of CogView (arXiv 2105.13290, §3.4).
 
     Dividing by the length lets captions of different lengths be compared.
+
+    Args:
+        cache: rows that have read the mark I2T and the first ids of the images; they read on. None reads it all.
     """
     sequences = gpt.layout.join_reversed(text, image_BI)
     # behind the longest text is padding only, which nothing before it sees
     start = gpt.layout.text_targets(reversed_order=True).start
     at = slice(start, start + int(text.n_ids_B.max()) + 1)
-    hidden = gpt(sequences.until(at.stop))
+    if cache is None:
+        hidden = gpt(sequences.until(at.stop))[:, at]
+    else:
+        hidden = gpt.read_on(sequences.part(1 + cache.n_filled, at.stop), cache)[:, at.start - at.stop :]
     counts = _shifted(sequences.real_BL, at)
-    nll, _ = token_nll(gpt.text_logits(hidden[:, at]), _shifted(sequences.ids_BL, at).clamp_max(gpt.layout.eot))
+    nll, _ = token_nll(gpt.text_logits(hidden), _shifted(sequences.ids_BL, at).clamp_max(gpt.layout.eot))
     return -(nll * counts).sum(1) / counts.sum(1)
 
 
@@ -124,4 +138,5 @@ def _shifted(values_BL: Tensor, inputs: slice) -> Tensor:
 def _mean(values: Tensor, counts: Tensor | None = None) -> Tensor:
     if counts is None:
         return values.mean() if values.numel() else values.new_full((), torch.nan)
-    return (values * counts).sum() / counts.sum() if values.numel() else values.new_full((), torch.nan)
+    # at least 1, for of bare texts that are empty nothing counts
+    return (values * counts).sum() / counts.sum().clamp_min(1) if values.numel() else values.new_full((), torch.nan)

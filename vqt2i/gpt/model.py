@@ -22,16 +22,27 @@ from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 from vqt2i.nn.attention import FLEX_HEAD_WIDTH, block_mask
 from vqt2i.nn.cache import BranchedCache, PrefixCache
 from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, SparsityConfig
-from vqt2i.nn.transformer import Rotary, Transformer, TransformerConfig
+from vqt2i.nn.transformer import Rotary, Transformer, TransformerConfig, build_norm
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 EMBEDDING_STD = 0.02  # GPT-2's
-# "rotary", or learned tables that are added to the embeddings: of text index, row and column ("learned", DALL·E's), of
-# text index and image index in raster order ("raster", minDALL-E's), of the index in the whole without padding
-# ("sequence", CogView's)
-Positions = Literal["rotary", "learned", "raster", "sequence"]
+# "rotary", "rotary_image" (LlamaGen's, see `ImageRotary`), or learned tables that are added to the embeddings: of text
+# index, row and column ("learned", DALL·E's), of text index and image index in raster order ("raster", minDALL-E's), of
+# the index in the whole without padding ("sequence", CogView's)
+Positions = Literal["rotary", "rotary_image", "learned", "raster", "sequence"]
+
+
+class HeadConfig(Config):
+    """What scores ids, besides its matrix.
+
+    norm: whether the head has a norm of its own, behind the transformer's last one (ruDALL-E's, in its published code).
+    bias: whether it has a bias (ruDALL-E's, CLIP-GEN's).
+    """
+
+    norm: bool = False
+    bias: bool = False
 
 
 class GPTConfig(Config):
@@ -45,6 +56,7 @@ class GPTConfig(Config):
     condition: ConditionConfig = TextCondition()
     positions: Positions = "rotary"
     sparsity: SparsityConfig = DenseConfig()
+    head: HeadConfig = HeadConfig()
     text_tokenizer: str | None = None
     image_tokenizer: str
 
@@ -52,22 +64,36 @@ class GPTConfig(Config):
     def sequence_layout(self) -> SequenceLayout:
         return SequenceLayout(self.layout, self.condition)
 
+    @property
+    def turns(self) -> bool:
+        """Whether positions turn queries and keys, and are not added to embeddings."""
+        return self.positions in ("rotary", "rotary_image")
+
     @model_validator(mode="after")
     def _texts_have_sizes_and_nothing_else_has(self) -> GPTConfig:
         sizes = {"layout.n_text_ids": self.layout.n_text_ids, "layout.text_length": self.layout.text_length}
         parts = sizes | {"text_tokenizer": self.text_tokenizer}
         wrong = [f"{name} {value}" for name, value in parts.items() if bool(value) != self.sequence_layout.reads_text]
-        if wrong or (self.layout.padding == "learned" and not self.sequence_layout.reads_text):
-            raise ValueError(f"condition {self.condition.kind}: found {', '.join(wrong) or 'learned padding'}; texts "
+        if wrong or (self.layout.padding != "masked" and not self.sequence_layout.reads_text):
+            padding = f"{self.layout.padding} padding"
+            raise ValueError(f"condition {self.condition.kind}: found {', '.join(wrong) or padding}; texts "
                              "have a tokenizer and sizes above 0, other conditions neither")  # fmt: skip
         return self
 
     @model_validator(mode="after")
+    def _what_is_drawn_from_its_half_has_one(self) -> GPTConfig:
+        height, width, null = self.layout.grid_height, self.layout.grid_width, self.layout.null_condition
+        if self.sequence_layout.is_upscaling and (height % 2 or width % 2 or null == "image_first"):
+            raise ValueError(f"condition low_resolution: found a grid of {height} x {width} ids, null_condition "
+                             f"{null}; expected even sides, and empty_text")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _heads_hold_pairs(self) -> GPTConfig:
-        width = self.transformer.head_width
-        if self.positions == "rotary" and width % 2:
-            raise ValueError(f"positions rotary: heads are {width} wide, expected an even width; change "
-                             "transformer.width or n_heads, or take learned positions")  # fmt: skip
+        width, multiple = self.transformer.head_width, {"rotary": 2, "rotary_image": 4}.get(self.positions, 1)
+        if width % multiple:
+            raise ValueError(f"positions {self.positions}: heads are {width} wide, expected a multiple of {multiple}; "
+                             "change transformer.width or n_heads, or take learned positions")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -84,8 +110,29 @@ class SplitHead(nn.Linear):
     A call of its own and no product with its bare weight: ZeRO 3 brings a module's weights together when it is called.
     """
 
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config.transformer.width, config.sequence_layout.n_targets, bias=config.head.bias)
+        self.norm = build_norm(config.transformer) if config.head.norm else nn.Identity()
+
     def forward(self, hidden_BLD: Tensor, rows: slice) -> Tensor:
-        return F.linear(hidden_BLD, self.weight[rows])
+        return F.linear(self.norm(hidden_BLD), self.weight[rows], None if self.bias is None else self.bias[rows])
+
+
+class ImageRotary(Rotary):
+    """Rotary positions of rows and columns alone, half of the pairs each. What stands before an image has none.
+
+    There cosines and sines are 0, and with them queries and keys: an image position scores each of them 0, and they
+    look at each other evenly (LlamaGen, Sun et al. 2024, arXiv 2406.06525, in its published code).
+    """
+
+    def __init__(self, head_width: int) -> None:
+        super().__init__((head_width // 4, head_width // 4), (10_000.0, 10_000.0))
+
+    def forward(self, positions_BLA: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Rotary.forward`, of positions whose first axis is a text's."""
+        cos, sin = super().forward(positions_BLA[..., 1:])
+        in_image = (positions_BLA[..., 1] > 0)[:, None, :, None]
+        return cos * in_image, sin * in_image
 
 
 class GPT(nn.Module):
@@ -99,12 +146,14 @@ class GPT(nn.Module):
         self.reader = build_reader(self.layout, width)
         self.embedding = nn.Embedding(self.layout.n_ids, width)
         self.transformer = Transformer(config.transformer)
-        self.head = SplitHead(width, self.layout.n_targets, bias=False)
+        self.head = SplitHead(config)
         if config.positions == "rotary":
             # half of the pairs for the text axis, a quarter each for row and column; image grids are short, so their
             # base is too: every pair turns by a useful angle within the grid
             pairs = config.transformer.head_width // 2
             self.rotary = Rotary((pairs - 2 * (pairs // 4), pairs // 4, pairs // 4), (10_000.0, 100.0, 100.0))
+        elif config.positions == "rotary_image":
+            self.rotary = ImageRotary(config.transformer.head_width)
         else:
             layout, text_size = config.layout, self.layout.n_text_positions
             sizes = {
@@ -119,6 +168,8 @@ class GPT(nn.Module):
         for table in (m for m in self.modules() if isinstance(m, nn.Embedding)):
             nn.init.normal_(table.weight, std=EMBEDDING_STD)
         nn.init.normal_(self.head.weight, std=width**-0.5)
+        if config.head.bias:
+            nn.init.zeros_(self.head.bias)
 
     def _visible(self) -> Tensor:
         """What an image position may see of the image, for each pattern in `patterns`; NumPy has no meta device."""
@@ -155,7 +206,7 @@ class GPT(nn.Module):
             ConfigError: its positions, or their tables, have no place for such a grid.
         """
         positions, own = self.config.positions, self.layout.config
-        if positions not in ("rotary", "learned"):
+        if not self.config.turns and positions != "learned":
             raise ConfigError(f"grid of {height} x {width} ids: the model's positions are {positions!r}, which count "
                               "tokens, not rows and columns; expected a model of rotary or learned ones")  # fmt: skip
         if height < 1 or width < 1:
@@ -204,9 +255,7 @@ class GPT(nn.Module):
         """
         x_BLD, cos_sin = self.embed(prefix)
         cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], x_BLD.device, self.cached_dtype)
-        hidden = self.transformer(
-            x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache
-        )
+        hidden = self.transformer(x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache)
         if x_BLD.device.type == "cpu":  # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
             cache.kv = cache.kv.float()
         score = self.text_logits if reversed_order else self.image_logits
@@ -220,11 +269,9 @@ class GPT(nn.Module):
         Returns the logits after each of the last `n_scored` of them, (B, n_scored, n_image_ids).
         """
         first, visible = cache.n_filled, self.visible_by_layer()
-        before_B = cache.n_before_B if self.config.positions == "sequence" else None
-        x_BLD, cos_sin = self.embed(self.layout.image_part(image_BI, first), before_B)
         at_L = first + torch.arange(image_BI.shape[1], device=self.device)
         masks = visible and [seen_II[at_L][None, None] for seen_II in visible]
-        hidden = self.transformer(x_BLD, mask_B1LK=masks, cos_sin=cos_sin, cache=cache)
+        hidden = self.read_on(self.layout.image_part(image_BI, first), cache, masks)
         return self.image_logits(hidden[:, -n_scored:])
 
     def step_text(self, text_BL: Tensor, cache: BranchedCache) -> Tensor:
@@ -232,10 +279,18 @@ class GPT(nn.Module):
 
         Returns the logits after the last of them, (B, n_text_ids + 1).
         """
+        hidden = self.read_on(self.layout.text_part(text_BL, cache.n_filled), cache)
+        return self.text_logits(hidden[:, -1])  # whatever the sparsity, text sees the image
+
+    def read_on(self, part: Sequences, cache: BranchedCache, masks_B1LK: list[Tensor] | None = None) -> Tensor:
+        """Append what comes next in every row and return its last hidden states (B, L, D).
+
+        Args:
+            masks_B1LK: for each layer what is seen of the rows' own positions, (1, 1, L, I); None is all before.
+        """
         before_B = cache.n_before_B if self.config.positions == "sequence" else None
-        x_BLD, cos_sin = self.embed(self.layout.text_part(text_BL, cache.n_filled), before_B)
-        hidden = self.transformer(x_BLD, cos_sin=cos_sin, cache=cache)  # whatever the sparsity, text sees the image
-        return self.text_logits(hidden[:, -1])
+        x_BLD, cos_sin = self.embed(part, before_B)
+        return self.transformer(x_BLD, mask_B1LK=masks_B1LK, cos_sin=cos_sin, cache=cache)
 
     def _masks(self, sequences: Sequences) -> Tensor | list[Tensor | BlockMask]:
         """What each position sees, (B, 1, L, L): one mask for all layers or one for each."""
@@ -269,12 +324,12 @@ class GPT(nn.Module):
         if sequences.vectors_BND is not None:
             vectors_BND = sequences.vectors_BND.to(x_BLD.dtype)
             x_BLD = torch.cat((vectors_BND, x_BLD[:, vectors_BND.shape[1] :]), dim=1)
-        if self.config.positions == "rotary":
+        if self.config.turns:
             return x_BLD, self.rotary(sequences.positions_BLA)
         if self.config.positions == "learned":
             indices = sequences.positions_BLA.unbind(-1)
         elif self.config.positions == "raster":
-            indices = (sequences.positions_BLA[..., 0], self.layout.image_index(sequences) + 1)
+            indices = (sequences.positions_BLA[..., 0], self.layout.place_index(sequences) + 1)
         else:
             index_BL = (sequences.real_BL.cumsum(1) - 1).clamp_min(0)
             indices = (index_BL if n_before_B is None else index_BL + n_before_B[:, None],)

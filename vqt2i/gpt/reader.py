@@ -1,6 +1,6 @@
 """How a GPT reads its condition: from values of it to what stands before the image, one class for each kind.
 
-B batch, N vectors, C their width, D the model's width, L prefix
+B batch, N vectors, C their width, M ids of low resolution, D the model's width, L prefix
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqt2i.gpt.condition import LabelCondition, Projection, TextCondition, VectorBatch, Vectors
+from vqt2i.gpt.condition import (
+    LabelCondition,
+    LowResolution,
+    LowResolutionBatch,
+    LowResolutionCondition,
+    Projection,
+    TextCondition,
+    VectorBatch,
+    VectorCondition,
+    Vectors,
+)
 from vqt2i.gpt.sequence import SequenceLayout, Sequences
 from vqt2i.text.batch import TextBatch, pad_texts
 
@@ -26,9 +36,7 @@ class TextReader(nn.Module):
         """What stands before the images."""
         return self.layout.text_prefix(text)
 
-    def collate(
-        self, conditions: Sequence[tuple[int, ...]], device: torch.device, *, whole: bool = False
-    ) -> TextBatch:
+    def collate(self, conditions: Sequence[tuple[int, ...]], device: torch.device, *, whole: bool = False) -> TextBatch:
         """Values in a batch, padded to the longest of them only, for what is not there costs nothing in any step; or
         with `whole` to the length that all have room in."""
         ids, most = [list(text) for text in conditions], self.layout.config.text_length
@@ -125,14 +133,43 @@ class LabelReader(nn.Module):
         return label_B.masked_fill(dropped_B, self.layout.condition.n_labels)
 
 
-Reader = TextReader | VectorReader | LabelReader
+class LowResolutionReader(TextReader):
+    """Texts as `TextReader` reads them, and behind them codes of low resolution."""
+
+    def forward(self, batch: LowResolutionBatch) -> Sequences:
+        """As `TextReader.forward`."""
+        return self.layout.low_resolution_prefix(*batch)
+
+    def collate(
+        self, conditions: Sequence[LowResolution], device: torch.device, *, whole: bool = False
+    ) -> LowResolutionBatch:
+        """As `TextReader.collate`."""
+        text = super().collate([condition.text for condition in conditions], device, whole=whole)
+        return LowResolutionBatch(text, torch.tensor([condition.codes for condition in conditions], device=device))
+
+    def values(self, batch: LowResolutionBatch) -> list[LowResolution]:
+        """As `TextReader.values`."""
+        codes = map(tuple, batch.codes_BM.tolist())
+        return [LowResolution(*both) for both in zip(super().values(batch.text), codes, strict=True)]
+
+    def null(self, condition: LowResolution) -> LowResolution:
+        """As `TextReader.null`; what is drawn from stays."""
+        return condition._replace(text=super().null(condition.text))
+
+    def dropped(self, batch: LowResolutionBatch, dropped_B: Tensor) -> LowResolutionBatch:
+        """As `TextReader.dropped`."""
+        return batch._replace(text=super().dropped(batch.text, dropped_B))
+
+
+Reader = TextReader | VectorReader | LabelReader | LowResolutionReader
 
 
 def build_reader(layout: SequenceLayout, width: int) -> Reader:
     """The reader of the layout's kind of condition, for a model of this width."""
-    if isinstance(layout.condition, TextCondition):
-        return TextReader(layout)
-    return LabelReader(layout) if isinstance(layout.condition, LabelCondition) else VectorReader(layout, width)
+    if isinstance(layout.condition, VectorCondition):
+        return VectorReader(layout, width)
+    readers = {TextCondition: TextReader, LabelCondition: LabelReader, LowResolutionCondition: LowResolutionReader}
+    return readers[type(layout.condition)](layout)
 
 
 def build_projection(config: Projection, n_in: int, n_out: int) -> nn.Module:
@@ -141,4 +178,3 @@ def build_projection(config: Projection, n_in: int, n_out: int) -> nn.Module:
     if config.kind == "linear":
         return linear(n_in, n_out)
     return nn.Sequential(linear(n_in, config.width), nn.GELU(approximate="tanh"), linear(config.width, n_out))
-

@@ -13,29 +13,50 @@ text may leave free (DALL·E, Ramesh et al. 2021, arXiv 2102.12092, §2.2):
 
     text → image    T2I t₁ … tₙ EOT Pₙ₊₁ … P_S | BOI i₁ … i_I
 
+Bare texts have such padding and no marks, so that there is no order image → text and no EOT in the id space (minDALL-E
+and ruDALL-E in their published code):
+
+    text → image    t₁ … tₙ Pₙ₊₁ … P_S i₁ … i_I
+
 Positions have three axes (text, row, column): a text token is (k, 0, 0) counted from its own start, so that padding
 changes nothing; an image token is (0, row + 1, column + 1); marks are (0, 0, 0), EOT follows its text.
-A text of no ids is the null condition of classifier-free guidance (Ho & Salimans 2022).
+A text of no ids is the null condition of classifier-free guidance (Ho & Salimans 2022). Read as other texts are, it has
+to be trained beside them; where the null condition is "image_first", its image is read as in the order image → text,
+which is trained already, and the rows that guided an image can go on to the score of its text:
+
+    null → image    PAD … PAD I2T i₁ … i_I
 
 Where vectors or a label stand for a text there are image ids only, and behind them one of each label and of the null:
 
     vectors → image    PAD … PAD v₁ … vₙ i₁ … i_I        label → image    C i₁ … i_I
 
-The last of them predicts i₁, as the mark BOI does. Vectors stand at (k, 0, 0) from 0, a label at (0, 0, 0).
+The last of them predicts i₁, as the mark BOI does. Vectors stand at (k, 0, 0) from 0, a label at (0, 0, 0), bare texts
+with their padding at (k, 0, 0) from 1.
 
-B batch, S longest text, N vectors, I image ids, L sequence, A axes, D the model's width
+Where the image is to be drawn from one of half the height and width, the ids of that stand behind the text, in the same
+id space, each where the upper left of the four that it stands for does, on a plane of its own behind all of the text:
+
+    PAD … PAD T2I t₁ … tₙ EOT l₁ … l_M | BOI i₁ … i_I        l at (S + 2, 2 · row + 1, 2 · column + 1), rows from 0
+
+B batch, S longest text, N vectors, M ids of low resolution, I image ids, L sequence, A axes, D the model's width
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from vqt2i.config import Config
-from vqt2i.gpt.condition import ConditionConfig, LabelCondition, TextCondition, VectorCondition
+from vqt2i.gpt.condition import (
+    ConditionConfig,
+    LabelCondition,
+    LowResolutionCondition,
+    TextCondition,
+    VectorCondition,
+)
 from vqt2i.text.batch import TextBatch
 
 
@@ -63,6 +84,10 @@ class Sequences(NamedTuple):
         """The positions before `end`, which is behind all vectors."""
         return Sequences(*(t[:, :end] for t in self[:3]), self.vectors_BND)
 
+    def part(self, start: int, end: int) -> "Sequences":
+        """The positions from `start` to before `end`, all behind vectors."""
+        return Sequences(*(t[:, start:end] for t in self[:3]))
+
     def causal_mask(self) -> Tensor:
         """Bool (B, 1, L, L): a query sees itself and the real positions before it.
 
@@ -77,7 +102,9 @@ class Sequences(NamedTuple):
 class LayoutConfig(Config):
     """Sizes of a sequence; they follow from the tokenizers and the longest text.
 
-    n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned".
+    n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned"; with
+    "bare" it is learned and there are no marks.
+    null_condition: how a text of no ids is read.
     """
 
     n_text_ids: NonNegativeInt = 0
@@ -85,7 +112,15 @@ class LayoutConfig(Config):
     text_length: NonNegativeInt = 0
     grid_height: PositiveInt
     grid_width: PositiveInt
-    padding: Literal["masked", "learned"] = "masked"
+    padding: Literal["masked", "learned", "bare"] = "masked"
+    null_condition: Literal["empty_text", "image_first"] = "empty_text"
+
+    @model_validator(mode="after")
+    def _an_image_that_comes_first_has_no_padding(self) -> Self:
+        if self.null_condition == "image_first" and (self.padding != "masked" or not self.text_length):
+            raise ValueError(f"null_condition image_first: found {self.padding} padding of {self.text_length} text "
+                             "ids; expected texts whose padding is masked")  # fmt: skip
+        return self
 
 
 @dataclass(frozen=True)
@@ -97,7 +132,28 @@ class SequenceLayout:
 
     @property
     def reads_text(self) -> bool:
+        """Whether there are text ids."""
+        return self.predicts_text or self.is_upscaling
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether texts are predicted too."""
         return isinstance(self.condition, TextCondition)
+
+    @property
+    def is_upscaling(self) -> bool:
+        """Whether images are drawn from ones of half the resolution."""
+        return isinstance(self.condition, LowResolutionCondition)
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether marks stand around a text, as they must where it is predicted from an image."""
+        return self.reads_text and self.config.padding != "bare"
+
+    @property
+    def has_both_orders(self) -> bool:
+        """Whether texts are read after an image too, and predicted from it."""
+        return self.predicts_text and self.has_marks
 
     @property
     def eot(self) -> int:
@@ -105,7 +161,7 @@ class SequenceLayout:
 
     @property
     def first_image_id(self) -> int:
-        return self.config.n_text_ids + 1 if self.reads_text else 0
+        return self.config.n_text_ids + self.has_marks
 
     @property
     def pad(self) -> int:
@@ -129,7 +185,7 @@ class SequenceLayout:
 
     @property
     def first_learned_pad(self) -> int:
-        return self.pad + 5
+        return self.pad + 5 if self.has_marks else self.pad
 
     @property
     def first_label_id(self) -> int:
@@ -141,7 +197,7 @@ class SequenceLayout:
             return self.first_label_id + self.condition.n_labels + 1
         if isinstance(self.condition, VectorCondition):
             return self.n_targets
-        return self.first_learned_pad + (self.config.text_length if self.config.padding == "learned" else 0)
+        return self.first_learned_pad + (self.config.text_length if self.config.padding != "masked" else 0)
 
     @property
     def n_targets(self) -> int:
@@ -157,26 +213,37 @@ class SequenceLayout:
         """Length of everything before the first image token in the order text → image."""
         if isinstance(self.condition, VectorCondition):
             return self.condition.n_vectors
-        return self.config.text_length + 3 if self.reads_text else 1
+        if not self.reads_text:
+            return 1
+        return self.config.text_length + (3 if self.has_marks else 0) + self.low_length
+
+    @property
+    def low_length(self) -> int:
+        """How many ids of low resolution stand before the image."""
+        return (self.config.grid_height // 2) * (self.config.grid_width // 2) if self.is_upscaling else 0
 
     @property
     def n_text_positions(self) -> int:
         """Length of the text axis: positions on it are below."""
-        return self.config.text_length + 2 if self.reads_text else self.prefix_length
+        if not self.reads_text:
+            return self.prefix_length
+        return self.config.text_length + (2 if self.has_marks else 1) + self.is_upscaling
 
     @property
     def length(self) -> int:
         return self.prefix_length + self.image_length
 
     def text_prefix(self, text: TextBatch) -> Sequences:
-        """PAD … T2I text EOT BOI: what stands before the image in the order text → image.
+        """PAD … T2I text EOT BOI, or a bare text: what stands before the image in the order text → image.
 
         Its length is S + 3: `prefix_length` for texts padded to `text_length`; decoding pads them less, unless padding
         is learned.
         """
-        learned = self.config.padding == "learned"
+        learned = self.config.padding != "masked"
         if learned:
             text = text._replace(ids_BS=F.pad(text.ids_BS, (0, self.config.text_length - text.ids_BS.shape[1])))
+        if not self.has_marks:
+            return self._bare_prefix(text)
         S, n_B1 = text.ids_BS.shape[1], text.n_ids_B[:, None]
         slot_1L = torch.arange(S + 2, device=text.ids_BS.device)[None]
         # 0 at T2I, 1..n in the text, n + 1 at EOT, negative in masked padding, above in learned padding
@@ -185,17 +252,40 @@ class SequenceLayout:
         ids = torch.where(order_BL <= 0, self.t2i, torch.where(order_BL == n_B1 + 1, self.eot, inner))
         ids = torch.where(order_BL < 0, self.pad, ids)
         ids = torch.where(order_BL > n_B1 + 1, self.first_learned_pad + order_BL - 2, ids)
-        boi = torch.full_like(ids[:, :1], self.boi)
         positions = torch.zeros(*ids.shape[:1], S + 3, 3, dtype=torch.long, device=ids.device)
         positions[:, : S + 2, 0] = order_BL.clamp_min(0)
-        real = torch.cat((order_BL >= 0, torch.ones_like(boi, dtype=torch.bool)), dim=1)
-        return Sequences(torch.cat((ids, boi), dim=1), positions, real)
+        ids = torch.cat((ids, torch.full_like(ids[:, :1], self.boi)), dim=1)
+        real = F.pad(order_BL >= 0, (0, 1), value=True)
+        if self.config.null_condition == "image_first":
+            last_1L = torch.arange(S + 3, device=ids.device)[None] == S + 2
+            null_B1 = n_B1 == 0
+            ids = torch.where(null_B1, torch.where(last_1L, self.i2t, self.pad), ids)
+            positions = positions.masked_fill(null_B1[..., None], 0)
+            real = torch.where(null_B1, last_1L, real)
+        return Sequences(ids, positions, real)
+
+    def _bare_prefix(self, text: TextBatch) -> Sequences:
+        slot_1S = torch.arange(self.config.text_length, device=text.ids_BS.device)[None]
+        ids = torch.where(slot_1S < text.n_ids_B[:, None], text.ids_BS, self.first_learned_pad + slot_1S)
+        positions = F.pad((slot_1S + 1).expand_as(ids)[..., None], (0, 2))
+        return Sequences(ids, positions, torch.ones_like(ids, dtype=torch.bool))
 
     def vector_prefix(self, vectors_BND: Tensor, real_BN: Tensor) -> Sequences:
         """PAD … vectors: what stands before the image where vectors do. `real_BN`: bool, false for padding."""
         positions = torch.zeros(*real_BN.shape, 3, dtype=torch.long, device=real_BN.device)
         positions[..., 0] = (real_BN.long().cumsum(1) - 1).clamp_min(0)
         return Sequences(torch.zeros_like(positions[..., 0]), positions, real_BN, vectors_BND)
+
+    def low_resolution_prefix(self, text: TextBatch, low_BM: Tensor) -> Sequences:
+        """PAD … T2I text EOT, codes of low resolution, BOI: what stands before the image that is drawn from these."""
+        before = self.text_prefix(text)
+        boi = Sequences(*(t[:, -1:] for t in before[:3]))
+        index, width = torch.arange(low_BM.shape[1], device=low_BM.device), self.config.grid_width // 2
+        plane = torch.full_like(index, self.n_text_positions - 1)
+        coordinates = torch.stack((plane, 2 * (index // width) + 1, 2 * (index % width) + 1), dim=-1)
+        real = torch.ones_like(low_BM, dtype=torch.bool)
+        low = Sequences(low_BM + self.first_image_id, coordinates.expand(*low_BM.shape, 3), real)
+        return before.until(-1).then(low).then(boi)
 
     def label_prefix(self, label_B: Tensor) -> Sequences:
         """The id of each label, (B, 1); `n_labels` is the null."""
@@ -212,10 +302,14 @@ class SequenceLayout:
         positions = coordinates.expand(image_BI.shape[0], n, 3)
         return Sequences(image_BI + self.first_image_id, positions, torch.ones_like(image_BI, dtype=torch.bool))
 
-    def image_index(self, sequences: Sequences) -> Tensor:
-        """Number of each image token in raster order, (B, L), from 0; -1 for what is no image token."""
+    def place_index(self, sequences: Sequences) -> Tensor:
+        """Number of each token's place in the image, in raster order, (B, L), from 0; -1 for what has none."""
         row, column = sequences.positions_BLA[..., 1:].unbind(-1)
         return torch.where(column > 0, (row - 1) * self.config.grid_width + column - 1, -1)
+
+    def image_index(self, sequences: Sequences) -> Tensor:
+        """`place_index` of tokens of the image itself; -1 for those of low resolution too."""
+        return torch.where(sequences.positions_BLA[..., 0] == 0, self.place_index(sequences), -1)
 
     def join(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """text → image, length `length`."""
@@ -248,7 +342,10 @@ class SequenceLayout:
         return self.image_prefix(image_BI).then(after)
 
     def text_targets(self, *, reversed_order: bool) -> slice:
-        """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included)."""
+        """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included); of a bare text all
+        but its first id (S - 1 of them)."""
+        if not self.has_marks:
+            return slice(0, self.config.text_length - 1)
         start = self.image_length + 1 if reversed_order else 0
         return slice(start, start + self.config.text_length + 1)
 

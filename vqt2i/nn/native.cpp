@@ -7,7 +7,7 @@
 // rows stand beside it, so a row's result does not depend on its neighbours, bit by bit.
 //
 // Vectors are those of GCC and Clang, which make any instruction set of them; the two products that need more than that
-// to be fast have an AVX-512 version.
+// to be fast have an AVX-512 version, and where the CPU multiplies tiles of matrices (AMX) one by these.
 
 #include <algorithm>
 #include <atomic>
@@ -16,6 +16,12 @@
 #include <cstring>
 #include <omp.h>
 #include <sched.h>
+#include <type_traits>
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#define HAS_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -142,11 +148,98 @@ inline void tile_of(int n_rows, const uint32_t* x, int64_t n_words, const uint32
   }
 }
 
+#if HAS_TILES
+// A tile register holds 16 rows of 64 bytes. One of A has 16 words of each of 16 rows of inputs, one of B the same words
+// of 16 outputs as a panel has them, one of C the 16 x 16 sums. All tiles are whole: rows that are missing in the last A
+// are whatever lies there, and their sums are read by nobody.
+constexpr int TILE_ROWS = 16, TILE_WORDS = 16;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+bool may_use_tiles() {  // Linux wants to be asked, for they make a thread's state larger
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return granted;
+}
+
+struct TileRegisters {  // a thread's, for as long as it needs them
+  TileRegisters() {
+    static const TileConfig config;
+    if (may_use_tiles()) _tile_loadconfig(&config);
+  }
+  ~TileRegisters() {
+    if (may_use_tiles()) _tile_release();
+  }
+};
+
+// SUM += rows of tile A x outputs of tile B, by the type of the inputs
+#define TILE_ADD(SUM, A, B)                                              \
+  if constexpr (std::is_same_v<T, Bf16>) _tile_dpbf16ps(SUM, A, B);      \
+  else _tile_dpbsud(SUM, A, B)
+
+// Up to 16 rows with a panel.
+template <class T> void by_tiles_16(const uint32_t* x, int64_t n_words, const uint32_t* panel, typename T::Sum* sums) {
+  const int64_t x_bytes = 4 * n_words, panel_bytes = 4 * WIDTH;
+  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+  for (int64_t k = 0; k < n_words; k += TILE_WORDS, x += TILE_WORDS, panel += TILE_WORDS * WIDTH) {
+    for (int i = 0; i < TILE_WORDS * PANEL; i++) __builtin_prefetch(panel + TILE_WORDS * WIDTH + i * LANES);
+    _tile_loadd(4, x, x_bytes);
+    _tile_loadd(5, panel, panel_bytes);
+    _tile_loadd(6, panel + LANES, panel_bytes);
+    TILE_ADD(0, 4, 5);
+    TILE_ADD(1, 4, 6);
+    _tile_loadd(7, panel + 2 * LANES, panel_bytes);
+    _tile_loadd(5, panel + 3 * LANES, panel_bytes);
+    TILE_ADD(2, 4, 7);
+    TILE_ADD(3, 4, 5);
+  }
+  _tile_stored(0, sums, panel_bytes);
+  _tile_stored(1, sums + 1, panel_bytes);
+  _tile_stored(2, sums + 2, panel_bytes);
+  _tile_stored(3, sums + 3, panel_bytes);
+}
+
+// 17 to 32 rows, half of a panel after the other.
+template <class T> void by_tiles_32(const uint32_t* x, int64_t n_words, const uint32_t* panel, typename T::Sum* sums) {
+  const int64_t x_bytes = 4 * n_words, panel_bytes = 4 * WIDTH;
+  const uint32_t* lower = x + TILE_ROWS * n_words;
+  for (int c = 0; c < PANEL; c += 2) {
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int64_t k = 0; k < n_words; k += TILE_WORDS) {
+      const uint32_t* outputs = panel + k * WIDTH + c * LANES;
+      if (c == 0)
+        for (int i = 0; i < TILE_WORDS * PANEL; i++) __builtin_prefetch(outputs + TILE_WORDS * WIDTH + i * LANES);
+      _tile_loadd(4, x + k, x_bytes);
+      _tile_loadd(6, outputs, panel_bytes);
+      _tile_loadd(5, lower + k, x_bytes);
+      _tile_loadd(7, outputs + LANES, panel_bytes);
+      TILE_ADD(0, 4, 6);
+      TILE_ADD(1, 4, 7);
+      TILE_ADD(2, 5, 6);
+      TILE_ADD(3, 5, 7);
+    }
+    _tile_stored(0, sums + c, panel_bytes);
+    _tile_stored(1, sums + c + 1, panel_bytes);
+    _tile_stored(2, sums + TILE_ROWS * PANEL + c, panel_bytes);
+    _tile_stored(3, sums + TILE_ROWS * PANEL + c + 1, panel_bytes);
+  }
+}
+#else
+struct TileRegisters {
+  TileRegisters() {}  // that a variable of it counts as used
+};
+#endif
+
 }  // namespace
 
 // ---- what native.py fills in ---------------------------------------------------------------------------------------
 
 extern "C" {
+
+constexpr int MANY = 8;  // tokens of a whole sequence
 
 enum Kind : int32_t { EMBED, NORM, LINEAR, ATTEND, ACTIVATE };
 enum Format : int32_t { FP32, BF16, INT8 };                          // of LINEAR's matrix
@@ -183,7 +276,7 @@ struct Call {
   float* const* buffers;
   uint32_t* packed;   // rows x words of the widest input of LINEAR
   float* row_scales;  // two numbers a row
-  float* scores;      // threads x n_positions
+  float* scores;      // of each thread n_positions, and of whole sequences as many for each number of a head's width
   float* logits;
 };
 
@@ -235,13 +328,19 @@ template <class V, class T> inline void store_some(T* to, V v, int count) {
   else std::memcpy(to, &v, sizeof(T) * count);
 }
 
+// Words of a row of inputs, and of each output in a matrix: of the smaller formats a whole number of vectors.
+inline int64_t per_word(const Operation& op) { return op.format == FP32 ? 1 : op.format == BF16 ? 2 : 4; }
+inline int64_t words_of(const Operation& op) {
+  int64_t n = (op.n_in + per_word(op) - 1) / per_word(op);
+  return op.format == FP32 ? n : (n + LANES - 1) / LANES * LANES;
+}
+
 // Rows as the words that a product broadcasts; for 8 bits every row has a scale of its own.
 void pack(const Call& s, const Operation& op, const float* in, int64_t row, int64_t slot) {
   const float* x = in + row * op.n_in;
-  const int per_word = op.format == FP32 ? 1 : op.format == BF16 ? 2 : 4;
-  const int n_words = (op.n_in + per_word - 1) / per_word;
+  const int64_t n_words = words_of(op);
   uint32_t* out = s.packed + slot * n_words;
-  out[n_words - 1] = 0;
+  std::fill(out + op.n_in / per_word(op), out + n_words, 0);
   if (op.format == FP32) {
     std::memcpy(out, x, 4 * op.n_in);
   } else if (op.format == BF16) {
@@ -275,16 +374,42 @@ inline floats scaled(const Operation& op, const Call& s, int64_t slot, int o, in
   return exact * s.row_scales[2 * slot] * load<floats>(op.scale + o);
 }
 
-template <class T> void multiply(const Call& s, const Operation& op, int64_t n_rows, float* out, int per_word) {
-  int64_t n_words = (op.n_in + per_word - 1) / per_word, n_panels = (op.n_out + WIDTH - 1) / WIDTH;
-  int64_t n_tiles = (n_rows + TILE - 1) / TILE;
+#if HAS_TILES
+constexpr int MOST_ROWS = 2 * TILE_ROWS;  // multiplied with a panel at once
+bool uses_tiles(const Operation& op) { return op.format != FP32 && may_use_tiles(); }
+#else
+constexpr int MOST_ROWS = TILE;
+bool uses_tiles(const Operation&) { return false; }
+#endif
+
+// Rows start .. stop times a panel. Whether by tiles depends on the operation alone, so that a row's sums do too.
+template <class T>
+inline void sums_of(bool in_tiles, int n_rows, const uint32_t* x, int64_t n_words, const uint32_t* panel,
+                    typename T::Sum (*sums)[PANEL]) {
+#if HAS_TILES
+  if constexpr (!std::is_same_v<T, Fp32>)
+    if (in_tiles) {
+      if (n_rows <= TILE_ROWS) by_tiles_16<T>(x, n_words, panel, *sums);
+      else by_tiles_32<T>(x, n_words, panel, *sums);
+      return;
+    }
+#endif
+  tile_of<T>(n_rows, x, n_words, panel, sums);
+}
+
+template <class T> void multiply(const Call& s, const Operation& op, int64_t n_rows, float* out) {
+  int64_t n_words = words_of(op), n_panels = (op.n_out + WIDTH - 1) / WIDTH;
+  bool in_tiles = uses_tiles(op);
+  int64_t size = in_tiles ? MOST_ROWS : TILE, n_tiles = (n_rows + size - 1) / size;
   Share mine(n_panels);
   for (int64_t p = mine.start; p < mine.stop; p++) {
     const uint32_t* panel = (const uint32_t*)op.weight + p * n_words * WIDTH;
     for (int64_t t = 0; t < n_tiles; t++) {
-      int64_t start = n_rows * t / n_tiles, stop = n_rows * (t + 1) / n_tiles;
-      typename T::Sum sums[TILE][PANEL];
-      tile_of<T>(stop - start, s.packed + start * n_words, n_words, panel, sums);
+      // tiles of equal sizes, but those of AMX are as full as they can be
+      int64_t start = in_tiles ? t * size : n_rows * t / n_tiles;
+      int64_t stop = in_tiles ? std::min(n_rows, start + size) : n_rows * (t + 1) / n_tiles;
+      alignas(64) typename T::Sum sums[MOST_ROWS][PANEL];
+      sums_of<T>(in_tiles, stop - start, s.packed + start * n_words, n_words, panel, sums);
       for (int64_t row = start; row < stop; row++)
         for (int c = 0; c < PANEL; c++) {
           int o = p * WIDTH + c * LANES, count = op.n_out - o;
@@ -310,9 +435,9 @@ void linear(const Call& s, const Operation& op, Meeting& meeting) {
   }
   meeting.wait();
   float* out = head ? s.logits : s.buffers[op.out];
-  if (op.format == FP32) multiply<Fp32>(s, op, n_rows, out, 1);
-  if (op.format == BF16) multiply<Bf16>(s, op, n_rows, out, 2);
-  if (op.format == INT8) multiply<Int8>(s, op, n_rows, out, 4);
+  if (op.format == FP32) multiply<Fp32>(s, op, n_rows, out);
+  if (op.format == BF16) multiply<Bf16>(s, op, n_rows, out);
+  if (op.format == INT8) multiply<Int8>(s, op, n_rows, out);
 }
 
 // The branches that a sequence is of; `sequence` becomes its number among theirs.
@@ -409,18 +534,44 @@ inline floats wide(const uint16_t* from) { return (floats)(__builtin_convertvect
 inline void narrow(float* to, floats x) { store(to, x); }
 inline void narrow(uint16_t* to, floats x) { store(to, to_bf16(x)); }
 
+// Have the key or value that lies `ahead` of this one come from memory meanwhile.
+template <int PARTS, class C> inline void fetch(const C* from, int64_t ahead) {
+  for (int i = 0; i < PARTS * LANES; i += 64 / sizeof(C)) __builtin_prefetch(from + ahead + i, 0, 2);
+}
+
 template <int PARTS, class C>  // PARTS: vectors of a head
-inline void score(const floats* q, const C* keys, int n, float* scores) {
+inline void score(const floats* q, const C* keys, int n, float* scores, int64_t ahead) {
   for (int j = 0; j < n; j++, keys += PARTS * LANES) {
+    fetch<PARTS>(keys, ahead);
     floats total = q[0] * wide(keys);
     for (int i = 1; i < PARTS; i++) total += q[i] * wide(keys + i * LANES);
     scores[j] = sum(total);
   }
 }
 
-template <int PARTS, class C> inline void gather(floats* y, const C* values, int n, const float* weights) {
-  for (int j = 0; j < n; j++, values += PARTS * LANES)
-    for (int i = 0; i < PARTS; i++) y[i] += weights[j] * wide(values + i * LANES);
+// As `score`, from keys that lie side by side: number `h` of them all from `h * stride` on. Up to 15 scores too many.
+inline void score_side_by_side(const float* q, int H, const float* turned, int64_t stride, int n, float* scores) {
+  for (int j = 0; j < n; j += LANES) {
+    floats total = {};
+    for (int h = 0; h < H; h++) total += q[h] * load<floats>(turned + h * stride + j);
+    store(scores + j, total);
+  }
+}
+
+template <int PARTS, class C>
+inline void gather(floats* y, const C* values, int n, const float* weights, int64_t ahead) {
+  constexpr int WAYS = PARTS <= 2 ? 4 : 2;  // sums side by side, that none waits for the one before
+  floats sums[WAYS][PARTS] = {};
+  int j = 0;
+  for (; j + WAYS <= n; j += WAYS)
+    for (int k = 0; k < WAYS; k++, values += PARTS * LANES) {
+      fetch<PARTS>(values, ahead);
+      for (int i = 0; i < PARTS; i++) sums[k][i] += weights[j + k] * wide(values + i * LANES);
+    }
+  for (; j < n; j++, values += PARTS * LANES)
+    for (int i = 0; i < PARTS; i++) sums[0][i] += weights[j] * wide(values + i * LANES);
+  for (int k = 0; k < WAYS; k++)
+    for (int i = 0; i < PARTS; i++) y[i] += sums[k][i];
 }
 
 // Softmax of one row of scores; returns one over their sum, which the weights are yet to be multiplied by.
@@ -470,7 +621,11 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
   meeting.wait();
   // head by head, sequence by sequence: a prefix's keys stay in the CPU's cache for all sequences that share them
   Share mine((int64_t)N * s.n_sequences);
-  float* scores = s.scores + omp_get_thread_num() * (int64_t)s.n_positions;
+  // Of whole sequences there are many queries, for whom it pays to turn the keys. Steps sum in one order always, so that
+  // it makes no difference how many tokens are read in one.
+  const bool many = !s.ids && s.n_tokens >= MANY;
+  float* scores = s.scores + omp_get_thread_num() * (int64_t)s.n_positions * (many ? 1 + H : 1);
+  float* turned = scores + s.n_positions;
   for (int64_t at = mine.start; at < mine.stop; at++) {
     int64_t n = at / s.n_sequences, all = at % s.n_sequences, sequence = all;
     const Branches& b = branches_of(s, sequence);
@@ -479,13 +634,21 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
     const C* values = keys + n_prefixes * N * P * H;
     const C* own_keys = (const C*)b.own + ((op.layer * 2 * (int64_t)b.n_rows + sequence) * N + n) * b.capacity * H;
     const C* own_values = own_keys + (int64_t)b.n_rows * N * b.capacity * H;
+    if (many)
+      for (int j = 0; j < s.first + s.n_tokens; j++)
+        for (int i = 0; i < H; i += LANES) {
+          floats key = wide(own_keys + j * H + i);
+          for (int k = 0; k < LANES; k++) turned[(i + k) * (int64_t)s.n_positions + j] = key[k];
+        }
+    const int64_t next = (int64_t)N * b.capacity * H;  // of the next sequence: each has few, here and there in memory
     for (int l = 0; l < s.n_tokens; l++) {
       int64_t row = all * s.n_tokens + l, position = s.first + l;
       int n_own = s.causal ? position + 1 : s.first + s.n_tokens;
       floats q[PARTS], y[PARTS] = {};
       for (int i = 0; i < PARTS; i++) q[i] = wide(s.buffers[op.in] + row * 3 * D + n * H + i * LANES);
-      score<PARTS>(q, keys, P, scores);
-      score<PARTS>(q, own_keys, n_own, scores + P);
+      score<PARTS>(q, keys, P, scores, 0);
+      if (many) score_side_by_side((const float*)q, H, turned, s.n_positions, n_own, scores + P);
+      else score<PARTS>(q, own_keys, n_own, scores + P, next);
       if (b.hidden)
         for (int j = 0; j < P; j++)
           if (b.hidden[prefix * P + j]) scores[j] = -INFINITY;
@@ -493,8 +656,8 @@ template <int PARTS, class C> void attend(const Call& s, const Operation& op, Me
         for (int j = 0; j < n_own; j++)
           if (!op.visible[position * op.n_out + j]) scores[P + j] = -INFINITY;
       float share = exponentiate(scores, P + n_own);
-      gather<PARTS>(y, values, P, scores);
-      gather<PARTS>(y, own_values, n_own, scores + P);
+      gather<PARTS>(y, values, P, scores, 0);
+      gather<PARTS>(y, own_values, n_own, scores + P, next);
       for (int i = 0; i < PARTS; i++) store(s.buffers[op.out] + row * D + n * H + i * LANES, y[i] * share);
     }
   }
@@ -523,15 +686,18 @@ extern "C" void vqt2i_run(const Call* call) {
   const Call& s = *call;
   Meeting meeting;
 #pragma omp parallel num_threads(s.n_threads)
-  for (int i = 0; i < s.n_operations; i++) {
-    const Operation& op = s.operations[i];
-    switch (op.kind) {
-      case EMBED: embed(s, op); break;
-      case NORM: norm(s, op); break;
-      case LINEAR: linear(s, op, meeting); break;
-      case ATTEND: attend_of(s, op, meeting); break;
-      case ACTIVATE: activate(s, op); break;
+  {
+    TileRegisters tiles;
+    for (int i = 0; i < s.n_operations; i++) {
+      const Operation& op = s.operations[i];
+      switch (op.kind) {
+        case EMBED: embed(s, op); break;
+        case NORM: norm(s, op); break;
+        case LINEAR: linear(s, op, meeting); break;
+        case ATTEND: attend_of(s, op, meeting); break;
+        case ACTIVATE: activate(s, op); break;
+      }
+      meeting.wait();
     }
-    meeting.wait();
   }
 }

@@ -28,7 +28,7 @@ PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 NORMS = {"rms": 0, "layer": 1, "scaled_layer": 2}
 ACTIVATIONS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_quick": 3}
-LANES, PANEL = 16, 64
+LANES, PANEL, TILE_ROWS = 16, 64, 32
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 RESIDUAL, NORMED, WIDE, NARROW, LOGITS = 0, 1, 2, 3, -1
 EMBED, NORM, LINEAR, ATTEND, ACTIVATE = range(5)
@@ -114,7 +114,7 @@ class NativeTransformer(nn.Module):
 
     def _forward(self, x_BLD: Tensor, causal: bool, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, length, width = x_BLD.shape
-        config, table_LH = self.config, None if cos_sin is None else torch.cat([t[0, 0] for t in cos_sin], dim=-1)
+        config, table_LH = self.config, None if cos_sin is None else as_table(cos_sin)
         self._reserve(batch * length)
         self._buffers[RESIDUAL][: batch * length] = x_BLD.flatten(0, 1)
         # keys and values of one layer: the next one writes over them
@@ -149,14 +149,36 @@ class NativeTransformer(nn.Module):
                    cos_sin_LH=cos_sin_LH, ids_BL=ids_BL.contiguous(), logits_BLV=logits_BLV)  # fmt: skip
         cache.advance(n_tokens)
 
+    def read_on(
+        self,
+        operations: Sequence[Operation],
+        x_BLD: Tensor,
+        cache: BranchedCache,
+        cos_sin: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Append what `x_BLD` embeds to the rows of a cache; hidden states (B, L, D) after the last norm.
+
+        Args:
+            operations: those of `list_operations(keeps=True)`.
+            cos_sin: of the new positions, alike for all rows.
+        """
+        (batch, length, width), first = x_BLD.shape, cache.n_filled
+        self._reserve(batch * length)
+        self._buffers[RESIDUAL][: batch * length] = x_BLD.flatten(0, 1)
+        table_LH = None if cos_sin is None else F.pad(as_table(cos_sin), (0, 0, first, 0))  # by number in the row
+        self._call((Operation * len(operations))(*operations), _as_structures(cache, None), batch, length, first,
+                   self.cache_format, causal=True, cos_sin_LH=table_LH)  # fmt: skip
+        cache.advance(length)
+        return self._buffers[NORMED][: batch * length].view(batch, length, width).clone()
+
     def _call(
         self, operations: ctypes.Array, branches: ctypes.Array, n_sequences: int, n_tokens: int, first: int,
         cache_format: NativePrecision, *, causal: bool, cos_sin_LH: Tensor | None, ids_BL: Tensor | None = None,
         logits_BLV: Tensor | None = None,
     ) -> None:  # fmt: skip
         longest = max(b.n_prefix for b in branches) + first + n_tokens
-        n_positions, n_threads = -(-longest // LANES) * LANES, torch.get_num_threads()
-        scores = torch.empty(n_threads, n_positions)
+        n_positions, n_threads = -(-longest // LANES) * LANES + LANES, torch.get_num_threads()
+        scores = torch.empty(n_threads, n_positions * (1 if ids_BL is not None else 1 + self.config.head_width))
         tensors = (ids_BL, cos_sin_LH, self._packed, self._row_scales, scores, logits_BLV)
         ids, cos_sin, *rest = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         call = _Call(
@@ -176,7 +198,8 @@ class NativeTransformer(nn.Module):
         widths = {RESIDUAL: config.width, NORMED: config.width, WIDE: 3 * widest, NARROW: widest}
         self._buffers = [torch.empty(n_rows, widths[buffer]) for buffer in sorted(widths)]
         self._buffer_pointers = (c_void_p * len(widths))(*(buffer.data_ptr() for buffer in self._buffers))
-        self._packed = torch.empty(n_rows, widest, dtype=torch.int32)
+        # whole tiles of rows (of AMX): products read those that are missing too, whatever they are
+        self._packed = torch.empty(-(-n_rows // TILE_ROWS) * TILE_ROWS, max(widest, LANES), dtype=torch.int32)
         self._row_scales = torch.empty(n_rows, 2)
 
     @property
@@ -197,23 +220,23 @@ class NativeTransformer(nn.Module):
             attention, mlp = block.attention, block.mlp
             gains = torch.stack((attention.q_norm.weight, attention.k_norm.weight)) if config.qk_norm else None
             seen_II = self.visible[layer] if self.visible else None
-            yield self._norm(block.attention_norm)
+            yield self.norm(block.attention_norm)
             yield self.product(attention.qkv, NORMED, WIDE)
             yield self.operation(ATTEND, WIDE, NARROW, {"weight": gains, "visible": seen_II}, eps=config.norm_eps,
                                  layer=layer if keeps else 0, n_out=0 if seen_II is None else len(seen_II))  # fmt: skip
             yield self.product(attention.out, NARROW, target, adds)
             if sandwiched:
-                yield self._norm(block.attention_out_norm, NORMED, RESIDUAL, 1)
-            yield self._norm(block.mlp_norm)
+                yield self.norm(block.attention_out_norm, NORMED, RESIDUAL, 1)
+            yield self.norm(block.mlp_norm)
             yield self.product(mlp.gate_up if gated else mlp.up, NORMED, WIDE)
             yield self.operation(ACTIVATE, WIDE, NARROW, format=ACTIVATIONS[config.mlp], n_out=config.mlp_width,
                                  n_in=config.mlp_width * (2 if gated else 1))  # fmt: skip
             yield self.product(mlp.down, NARROW, target, adds)
             if sandwiched:
-                yield self._norm(block.mlp_out_norm, NORMED, RESIDUAL, 1)
-        yield self._norm(transformer.norm)
+                yield self.norm(block.mlp_out_norm, NORMED, RESIDUAL, 1)
+        yield self.norm(transformer.norm)
 
-    def _norm(self, norm: nn.Module, source: int = RESIDUAL, target: int = NORMED, adds: int = 0) -> Operation:
+    def norm(self, norm: nn.Module, source: int = RESIDUAL, target: int = NORMED, adds: int = 0) -> Operation:
         tensors = {"weight": norm.weight, "bias": getattr(norm, "bias", None)}
         sizes = {"n_in": norm.weight.numel(), "eps": norm.eps, "adds": adds}
         return self.operation(NORM, source, target, tensors, format=NORMS[self.config.norm], **sizes)
@@ -226,7 +249,8 @@ class NativeTransformer(nn.Module):
             self._packed_matrices[linear] = pack(linear.weight[rows], self.precision)
         packed, scale_O = self._packed_matrices[linear]
         sizes = {"n_in": linear.in_features, "n_out": len(linear.weight[rows]), "adds": adds}
-        operation = self.operation(LINEAR, source, target, {"scale": scale_O, "bias": linear.bias}, **sizes)
+        bias = None if linear.bias is None else linear.bias[rows]
+        operation = self.operation(LINEAR, source, target, {"scale": scale_O, "bias": bias}, **sizes)
         operation.format, operation.weight = FORMATS[self.precision], packed.data_ptr()
         return operation
 
@@ -246,17 +270,23 @@ class NativeTransformer(nn.Module):
 def pack(weight_OI: Tensor, precision: NativePrecision) -> tuple[Tensor, Tensor | None]:
     """A matrix in the order in which native.cpp reads it, and for int8 the scale of each output.
 
-    Panels of 64 outputs; in a panel word by word of the inputs; of a word the 64 outputs side by side. What a panel or
-    a word lacks is 0.
+    Panels of 64 outputs; in a panel word by word of the inputs, of the smaller formats a multiple of 16 words; of a
+    word the 64 outputs side by side. What is lacking is 0.
     """
     weight, scale_O = weight_OI.detach().float(), None
+    n_inputs = PER_WORD[precision] * (1 if precision == "fp32" else LANES)
     if precision == "int8":
         scale_O = weight.abs().amax(1).clamp_min(1e-20) / 127
         weight = (weight / scale_O[:, None]).round() + 128
         scale_O = F.pad(scale_O, (0, -len(scale_O) % PANEL))
-    weight = F.pad(weight, (0, -weight.shape[1] % PER_WORD[precision], 0, -len(weight) % PANEL))
+    weight = F.pad(weight, (0, -weight.shape[1] % n_inputs, 0, -len(weight) % PANEL))
     words = weight.to(DTYPES[precision]).unflatten(1, (-1, PER_WORD[precision])).unflatten(0, (-1, PANEL))
     return words.permute(0, 2, 1, 3).contiguous(), scale_O
+
+
+def as_table(cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Cosines and sines of positions that are alike in all sequences, side by side, (L, H)."""
+    return torch.cat([t[0, 0] for t in cos_sin], dim=-1)
 
 
 def _as_structures(cache: BranchedCache, n_before: Sequence[Tensor] | None) -> ctypes.Array:

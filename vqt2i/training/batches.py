@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vqt2i.data.images import Variants, fit_variant, n_variants, to_tensor
+from vqt2i.data.images import Variants, fit_variant, n_variants, require_side, to_tensor
+from vqt2i.data.pairs import Pair
 from vqt2i.data.sampling import LaneSampler, MixedSampler, StepSampler, Visits, draw
 from vqt2i.data.shards import Split
 from vqt2i.data.store import TokenSplit
 from vqt2i.data.stream import Stream
-from vqt2i.errors import ConfigError, UserError
+from vqt2i.errors import ConfigError, DataError, UserError
 from vqt2i.text import TextBatch, TextTokenizer, pad_texts
 
 
@@ -26,7 +27,9 @@ class Batch(NamedTuple):
     """Samples together: images, float (B, 3, H, W) in [-1, 1], or their codes, long (B, H, W); one caption of each.
 
     `text` is None where texts were not asked for; `chance_B` in [0, 1) draws the dropped conditions. `embedding_BE` is
-    the image's by a scorer, where the store has it.
+    the image's by a scorer, where the store has it. For super-resolution `low_ids` are the codes of the image at half
+    its size, long (B, H / 2, W / 2), where the store has them, and `place_B2` in [0, 1) draws the window's place: row,
+    column. `label_B`, long, are the numbers of the classes, where those are known.
     """
 
     image: Tensor | None
@@ -34,6 +37,9 @@ class Batch(NamedTuple):
     text: TextBatch | None
     chance_B: Tensor
     embedding_BE: Tensor | None = None
+    low_ids: Tensor | None = None
+    place_B2: Tensor | None = None
+    label_B: Tensor | None = None
 
 
 class SampleSource(Protocol):
@@ -52,7 +58,8 @@ class ImageSamples:
     """Samples from images: pixels fitted to `size_px`, one caption of all, whatever their language.
 
     A stream is for training only: it has no length. bpe_dropout: of merges of a caption, drawn anew at each visit where
-    batches are augmented.
+    batches are augmented. windowed: for super-resolution: smaller pictures are refused, and places of windows drawn.
+    labels: names of the classes, where they are asked for; each sample must be of one.
     """
 
     split: Split | Stream
@@ -61,6 +68,8 @@ class ImageSamples:
     seed: int
     variants: Variants = "centre"
     bpe_dropout: float = 0.0
+    windowed: bool = False
+    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.split)
@@ -68,17 +77,30 @@ class ImageSamples:
     def batch(self, visits: Visits, text_length: int | None, *, augment: bool) -> Batch:
         caption_draw_B = draw("caption", self.seed, visits)
         variant_B = _variants(n_variants(self.variants) if augment else 1, self.seed, visits)
-        images, texts = [], []
+        images, texts, labels = [], [], []
         for index, u, variant in zip(visits.index_B.tolist(), caption_draw_B.tolist(), variant_B.tolist(), strict=True):
             pair = self.split[index]
+            if self.windowed:
+                require_side(pair.image_HW3, self.size_px, pair.key)
             images.append(fit_variant(pair.image_HW3, self.size_px, self.variants, variant))
             captions = [c for captions in pair.captions.values() for c in captions] if self.tokenizer else []
             texts.append(captions[int(u * len(captions))] if captions else "")
+            labels += [self._number(pair)] if self.labels else []
         text = None
         if text_length is not None:
             dropout = self.bpe_dropout if augment else 0.0
             text = pad_texts(_encoded(self.tokenizer, texts, dropout, self.seed, visits), text_length)
-        return Batch(to_tensor(np.stack(images)), None, text, _chances(self.seed, visits))
+        place_B2 = _places(self.seed, visits) if self.windowed else None
+        label_B = torch.tensor(labels) if labels else None
+        chance_B = _chances(self.seed, visits)
+        return Batch(to_tensor(np.stack(images)), None, text, chance_B, place_B2=place_B2, label_B=label_B)
+
+    def _number(self, pair: Pair) -> int:
+        if pair.label not in self.labels:  # of a stream; data sets have been checked
+            known = ", ".join(self.labels[:8]) + (", ..." if self.labels[8:] else "")
+            raise DataError(f"sample {pair.key}: its class is {pair.label!r}; expected one of the data set that is "
+                            f"validated on: {known}")  # fmt: skip
+        return self.labels.index(pair.label)
 
 
 class TokenSamples:
@@ -107,7 +129,13 @@ class TokenSamples:
             text = TextBatch(*map(torch.from_numpy, self.split.texts(visits.index_B, caption_draw_B, text_length)))
         embeddings = self.split.embeddings(visits.index_B, variant_B)
         embedding_BE = None if embeddings is None else torch.from_numpy(embeddings)
-        return Batch(None, image_ids, text, _chances(self.seed, visits), embedding_BE)
+        labels = self.split.labels(visits.index_B)
+        label_B = None if labels is None else torch.from_numpy(labels)
+        batch = Batch(None, image_ids, text, _chances(self.seed, visits), embedding_BE, label_B=label_B)
+        low_ids = self.split.low_ids(visits.index_B, variant_B)
+        if low_ids is None:
+            return batch
+        return batch._replace(low_ids=torch.from_numpy(low_ids), place_B2=_places(self.seed, visits))
 
 
 @dataclass(frozen=True)
@@ -150,7 +178,7 @@ class MixedSamples:
 
 def _in_order(values: tuple[Any, ...], order_B: Tensor) -> Any:
     """One field of several batches as that of one, its rows in this order."""
-    if values[0] is None:
+    if any(value is None for value in values):
         return None
     if isinstance(values[0], TextBatch):
         return TextBatch(*(_in_order(parts, order_B) for parts in zip(*values, strict=True)))
@@ -170,6 +198,11 @@ def _variants(n: int, seed: int, visits: Visits) -> np.ndarray:
 
 def _chances(seed: int, visits: Visits) -> Tensor:
     return torch.from_numpy(draw("chance", seed, visits))
+
+
+def _places(seed: int, visits: Visits) -> Tensor:
+    rows_and_columns = [draw(f"window {axis}", seed, visits) for axis in ("row", "column")]
+    return torch.from_numpy(np.stack(rows_and_columns, axis=1))
 
 
 class BatchLoader(DataLoader):

@@ -18,7 +18,7 @@ from vqt2i.text import TextTokenizer
 from vqt2i.training.batches import Batch
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.launch import find_world
-from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_share
+from vqt2i.training.optim import OptimizerConfig, scheduled_adamw
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
@@ -73,11 +73,7 @@ class CLIPModule(L.LightningModule):
         self._last_n_pairs = 0
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_adamw(self.clip, self.config.optimizer, cpu_adam=self.cpu_adam)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_share(self.config.optimizer, step, self.max_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled_adamw(self.clip, self.config.optimizer, self.max_steps, cpu_adam=self.cpu_adam)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         encode_image, encode_text = self.training_encoders

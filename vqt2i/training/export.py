@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vqt2i.checkpoint import CARD, CONFIG, read_card, save_model
-from vqt2i.clip import CLIP, CLIPConfig
+from vqt2i.clip import CLIP, CLIPConfig, Prior, PriorConfig
 from vqt2i.config import load_config
 from vqt2i.errors import CheckpointError
 from vqt2i.files import require_free
@@ -18,6 +18,7 @@ from vqt2i.training.deepspeed_checkpoint import whole_weights
 from vqt2i.training.finetune import is_adapted, merged_weights
 from vqt2i.training.gpt import GPTModule, GPTRunConfig
 from vqt2i.training.metrics import METRICS, validation_at
+from vqt2i.training.prior import PriorModule
 from vqt2i.training.record import read_record
 from vqt2i.training.vqgan import VQGANModule
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
@@ -25,7 +26,9 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 STAGES = {
     "vqgan": (VQGANModule, ImageTokenizerConfig, ImageTokenizer),
     "gpt": (GPTModule, GPTConfig, GPT),
+    "upscaler": (GPTModule, GPTConfig, GPT),
     "clip": (CLIPModule, CLIPConfig, CLIP),
+    "prior": (PriorModule, PriorConfig, Prior),
 }
 
 

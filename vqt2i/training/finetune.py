@@ -6,7 +6,7 @@ W + α/r · B A is a model like any other.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqt2i.checkpoint import CARD, CONFIG, WEIGHTS, ModelT, load_model, read_card, require_same, save_model
-from vqt2i.config import Config, ConfigT, load_config
+from vqt2i.checkpoint import CARD, CONFIG, WEIGHTS, load_model, read_card, require_same, save_model
+from vqt2i.config import Config, load_config
 from vqt2i.errors import CheckpointError, ConfigError
 from vqt2i.files import require_free
 from vqt2i.gpt import GPT, GPTConfig
@@ -26,6 +26,8 @@ Part = Literal["embedding", "positions", "attention", "mlp", "norms", "head", "c
 Target = Literal["attention", "mlp"]
 # names of the linear maps of a block
 LINEARS: dict[Target, tuple[str, ...]] = {"attention": ("qkv", "out"), "mlp": ("gate_up", "up", "down")}
+# by stage: what the cards of models call it, its part of a pipeline folder, and what it is
+_BASES = {"gpt": (("gpt", "upscaler"), "gpt", "GPT"), "vqgan": (("vqgan",), "vq", "image tokenizer")}
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
 
 
@@ -55,37 +57,67 @@ class Adapter(nn.Module):
         return self.weights
 
 
-def find_base(folder: Path, kind: Literal["gpt", "vqgan"] = "gpt") -> Path:
+def find_base(folder: Path, stage: Literal["gpt", "vqgan"] = "gpt") -> Path:
     """The model folder that is meant: itself, of a run, or of a pipeline folder.
 
     Raises:
         CheckpointError: there is none.
     """
-    for candidate in (folder, folder / "model", folder / {"gpt": "gpt", "vqgan": "vq"}[kind]):
-        if (candidate / CARD).is_file() and read_card(candidate).get("kind") == kind:
+    kinds, part, what = _BASES[stage]
+    for candidate in (folder, folder / "model", folder / part):
+        if (candidate / CARD).is_file() and read_card(candidate).get("kind") in kinds:
             return candidate
-    what = {"gpt": "GPT", "vqgan": "image tokenizer"}[kind]
-    raise CheckpointError(f"start_from {folder}: no {what} there; expected its model folder, a run of train_{kind}, or "
-                          "a pipeline folder")  # fmt: skip
+    raise CheckpointError(f"start_from {folder}: no {what} there; expected its model folder, a run of train_{stage}, "
+                          "or a pipeline folder")  # fmt: skip
 
 
-def load_base(folder: Path, config: ConfigT, build: Callable[[ConfigT], ModelT]) -> ModelT:
-    """The model to start from, in training mode.
+def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
+    """The GPT to start from, in training mode. One that draws from texts alone may become one for super-resolution, and
+    the null condition another: no weights depend on it, and what it is to say is trained from here.
+
+    Args:
+        adapted: whether adapters of it alone are to be trained.
 
     Raises:
         ConfigError: it is not what the settings describe; all differences are named.
     """
-    model = load_model(folder, type(config), build)
-    found, wanted = _dotted(model.config.model_dump(mode="json")), _dotted(config.model_dump(mode="json"))
+    gpt = load_model(folder, GPTConfig, GPT)
+    own = gpt.config
+    becomes_upscaler = config.sequence_layout.is_upscaling and own.sequence_layout.predicts_text
+    if becomes_upscaler and adapted:
+        raise ConfigError(f"training.lora: adapters belong to a GPT that reads what they do, and {folder} reads texts "
+                          "alone; leave lora out")  # fmt: skip
+    layout = own.layout.model_copy(update={"null_condition": config.layout.null_condition})
+    own = own.model_copy(update={"layout": layout} | ({"condition": config.condition} if becomes_upscaler else {}))
+    require_described(folder, own, config)
+    return (gpt if gpt.config == config else _rebuilt(gpt, config)).train()
+
+
+@torch.no_grad()
+def _rebuilt(gpt: GPT, config: GPTConfig) -> GPT:
+    """The same weights in another GPT; of longer sequences the further rows of tables of positions are random."""
+    other = GPT(config)
+    own = other.state_dict()
+    for name, value in gpt.state_dict().items():
+        own[name][: len(value)] = value
+    return other
+
+
+def require_described(folder: Path, found: Config, wanted: Config) -> None:
+    """Check that a model to start from is what the settings describe.
+
+    Raises:
+        ConfigError: it is not; all differences are named.
+    """
+    there, here = _dotted(found.model_dump(mode="json")), _dotted(wanted.model_dump(mode="json"))
     differences = [
-        f"{key}: {found.get(key)} there, {wanted.get(key)} here"
-        for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)
+        f"{key}: {there.get(key)} there, {here.get(key)} here"
+        for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)
     ]  # fmt: skip
     if differences:
         raise ConfigError(f"training.start_from {folder}: another model than the settings describe: "
-                          f"{'; '.join(differences)}. Take over its settings, and of a GPT its "
-                          "tokenizers (text_tokenizer, --vq)")  # fmt: skip
-    return model.train()
+                          f"{'; '.join(differences)}. Take over its settings, and of a GPT its tokenizers "
+                          "(text_tokenizer, --vq)")  # fmt: skip
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

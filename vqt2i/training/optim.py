@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule, the same for every stage."""
 
 import math
+from typing import Any
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -50,6 +51,15 @@ def learning_rate_share(config: OptimizerConfig, step: int, max_steps: int) -> f
         return (step + 1) / config.warmup_steps
     done = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
     return config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def scheduled_adamw(
+    module: nn.Module, config: OptimizerConfig, max_steps: int, *, cpu_adam: bool = False
+) -> dict[str, Any]:
+    """`build_adamw` with its learning rate for every step, as Lightning's `configure_optimizers` gives them."""
+    optimizer = build_adamw(module, config, cpu_adam=cpu_adam)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(config, step, max_steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def learning_rate_at(config: OptimizerConfig, step: int, max_steps: int) -> float:

@@ -139,8 +139,9 @@ def training_flops(config: GPTConfig) -> int:
 
 
 def _scored(layout: SequenceLayout) -> list[tuple[int, int]]:
-    """(positions, vocabulary) of the image head and, where texts are read, of the text head."""
-    text = [(layout.config.text_length + 1, layout.eot + 1)] if layout.reads_text else []
+    """(positions, vocabulary) of the image head and, where texts are predicted, of the text head."""
+    at = layout.text_targets(reversed_order=False)
+    text = [(at.stop - at.start, layout.first_image_id)] if layout.predicts_text else []
     return [(layout.image_length, layout.config.n_image_ids), *text]
 
 
@@ -165,7 +166,7 @@ def count_activations(
     n_norms = 4 if sandwich else 2  # as wide as the model, like those of q and k together
     n_rms = (0 if layer_norm else n_norms) + (2 if t.qk_norm else 0)
     statistics = {"rms": FP32, "layer": 2 * r, "scaled_layer": 3 * r}[t.norm]
-    turned = t.qk_norm or config.positions == "rotary"
+    turned = t.qk_norm or config.turns
     # plain attention keeps v where it lies beside q and k, relaxed attention copies it
     qkv_kept = not t.pb_relax or (t.qk_norm and rms == c)
     per_position = (
@@ -175,7 +176,7 @@ def count_activations(
         + (3 * width * c if qkv_kept else 0)  # q, k, v
         + (2 * width * rms if t.qk_norm and rms != c else 0)  # q and k in fp32
         + (2 * width * c if turned or t.pb_relax else 0)  # q and k as attention takes them
-        + (2 * t.head_width * c if config.positions == "rotary" and c != FP32 else 0)  # cosines and sines, twice
+        + (2 * t.head_width * c if config.turns and c != FP32 else 0)  # cosines and sines, twice
         + width * c                        # attention's output
         + {"swiglu": 4, "gelu_quick": 3}.get(t.mlp, 2) * t.mlp_width * c  # gate, up, silu(gate), product; up, gelu(up)
         + n_norms * statistics

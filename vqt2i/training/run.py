@@ -52,7 +52,8 @@ class DataConfig(Config):
     """Where the pairs are.
 
     variants: pictures made of each for training, of which every visit draws one; "flip" and "ten-crop" mirror, so not
-        for captions that tell left from right. Validation sees the first, the centred square.
+        for captions that tell left from right; "quarters" shows parts that no caption describes, for image tokenizers
+        of two sizes. Validation sees the first, the centred square.
     also: a second data set, of which every batch has a share: in fine-tuning, what the model is not to forget.
     stream: to train on webdataset tars in passing, and on the data set in `path` only validate.
     """

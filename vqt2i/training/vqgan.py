@@ -11,10 +11,10 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from vqt2i.checkpoint import CONFIG
-from vqt2i.config import Config, load_config
+from vqt2i.checkpoint import load_model
+from vqt2i.config import Config
 from vqt2i.training.batches import Batch
-from vqt2i.training.finetune import find_base, load_base
+from vqt2i.training.finetune import find_base, require_described
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
@@ -269,8 +269,8 @@ def build_tokenizer(config: VQGANRunConfig) -> tuple[ImageTokenizer, dict[str, A
     if config.training.start_from is None:
         return ImageTokenizer(config.model), {}
     folder = find_base(config.training.start_from, "vqgan")
-    ids_of = load_config(ImageTokenizerConfig, folder / CONFIG).ids_of
-    base = load_base(folder, config.model.model_copy(update={"ids_of": ids_of}), ImageTokenizer)
+    base = load_model(folder, ImageTokenizerConfig, ImageTokenizer)
+    require_described(folder, base.config.model_copy(update={"ids_of": None}), config.model)
     kept = base.ids_fingerprint if config.training.trained == "decoder" else None
     tokenizer = ImageTokenizer(config.model.model_copy(update={"ids_of": kept}))
     tokenizer.load_state_dict(base.state_dict())

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqt2i.errors import DataError
 from vqt2i.nn.conv import Downsample, ResBlock, SpatialAttention, Upsample, group_norm
 from vqt2i.vq.config import ImageTokenizerConfig
 from vqt2i.vq.dalle import DalleDecoder, DalleEncoder
+from vqt2i.vq.inputs import require_image_ids, require_images
 from vqt2i.vq.logit_laplace import location_of
 from vqt2i.vq.quantizer import build_quantizer
+from vqt2i.vq.strided import StridedDecoder, StridedEncoder
 from vqt2i.vq.taming import TamingDecoder, TamingEncoder
 
 
@@ -121,6 +122,8 @@ class ImageTokenizer(nn.Module):
             self.encoder, self.decoder = TamingEncoder(config), TamingDecoder(config)
         elif config.architecture == "dalle":
             self.encoder, self.decoder = DalleEncoder(config), DalleDecoder(config)
+        elif config.architecture == "strided":
+            self.encoder, self.decoder = StridedEncoder(config), StridedDecoder(config)
         else:
             self.encoder = (PatchEncoder if config.encoder == "patch" else Encoder)(config)
             self.decoder = Decoder(config)
@@ -136,13 +139,22 @@ class ImageTokenizer(nn.Module):
 
         progress: share of the training that is done, 0 to 1, which the quantizer's schedules go by.
         """
-        self._check_images(x_B3HW)
+        require_images(x_B3HW, self.config.downsample)
         quantized = self.quantizer(self.encoder(x_B3HW), progress)
         decoded = self.decoder(quantized.features_BCHW)
         return VQOutput(
             self._pictures(decoded), decoded, quantized.ids_BHW, quantized.loss, quantized.n_restarted,
             quantized.measures,
         )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def codes(self) -> Tensor:
+        """What each id stands for, (K, D) fp32: ids of like meaning have codes that lie near each other."""
+        return self.quantizer.codes()
 
     def _pictures(self, decoded_BCHW: Tensor) -> Tensor:
         return decoded_BCHW if self.config.output == "pixels" else location_of(decoded_BCHW)
@@ -154,7 +166,7 @@ class ImageTokenizer(nn.Module):
         Raises:
             DataError: the shape is not (B, 3, H, W) with sides that `config.downsample` divides.
         """
-        self._check_images(x_B3HW)
+        require_images(x_B3HW, self.config.downsample)
         return self.quantizer.encode(self.encoder(x_B3HW))
 
     @torch.no_grad()
@@ -164,20 +176,5 @@ class ImageTokenizer(nn.Module):
         Raises:
             DataError: not a (B, H, W) integer tensor with ids of this tokenizer, whole cells of them.
         """
-        if ids_BHW.ndim != 3 or ids_BHW.is_floating_point():
-            raise DataError(f"image ids: expected an integer tensor of shape (batch, grid height, grid width), "
-                            f"found {ids_BHW.dtype} {tuple(ids_BHW.shape)}")  # fmt: skip
-        lowest, highest = (int(bound) for bound in ids_BHW.aminmax())
-        if lowest < 0 or highest >= self.config.vocab_size:
-            raise DataError(f"image ids: expected 0 to {self.config.vocab_size - 1}, found {lowest} to {highest}; "
-                            f"were they made by another image tokenizer?")  # fmt: skip
-        per_cell = self.config.quantizer.ids_per_cell
-        if ids_BHW.shape[2] % per_cell:
-            raise DataError(f"image ids: a cell has {per_cell} of them side by side, found rows of {ids_BHW.shape[2]}")
+        require_image_ids(ids_BHW, self.config.vocab_size, self.config.ids_per_cell)
         return self._pictures(self.decoder(self.quantizer.decode(ids_BHW))).clamp(-1, 1)
-
-    def _check_images(self, x_B3HW: Tensor) -> None:
-        shape, factor = tuple(x_B3HW.shape), self.config.downsample
-        if len(shape) != 4 or shape[1] != 3 or shape[2] % factor or shape[3] % factor:
-            raise DataError(f"images: expected (batch, 3, height, width) with sides that {factor} divides, "
-                            f"found {shape}; resize or crop them")  # fmt: skip

@@ -42,9 +42,10 @@ def ssim(x_B3HW: Tensor, y_B3HW: Tensor) -> Tensor:
         z = F.conv2d(z, window.view(1, 1, -1, 1).expand(3, 1, -1, 1), groups=3)
         return F.conv2d(z, window.view(1, 1, 1, -1).expand(3, 1, 1, -1), groups=3)
 
-    mean_x, mean_y = blurred(x), blurred(y)
-    var_x, var_y = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2
-    covariance = blurred(x * y) - mean_x * mean_y
+    with torch.autocast(x.device.type, enabled=False):  # in bf16 nothing would be left of a small variance
+        mean_x, mean_y = blurred(x), blurred(y)
+        var_x, var_y = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2
+        covariance = blurred(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
     similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))

@@ -7,10 +7,15 @@ B batch, H height, W width, C channels
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqt2i.nn.conv import ResBlock, SpatialAttention, Upsample, group_norm
+from vqt2i.nn.conv import Norm, ResBlock, SpatialAttention, Upsample
 from vqt2i.vq.config import ImageTokenizerConfig
 
-EPS = 1e-6  # of the norms
+N_GROUPS = 32
+
+
+def taming_norm(config: ImageTokenizerConfig) -> Norm:
+    """As published: 32 groups whatever the width, and an `eps` of its own."""
+    return lambda channels: nn.GroupNorm(N_GROUPS, channels, eps=config.norm_eps)
 
 
 class TamingDownsample(nn.Module):
@@ -28,18 +33,18 @@ def _level(config: ImageTokenizerConfig, level: int, channels_in: int, n_blocks:
     width = config.channels[level]
     layers: list[nn.Module] = []
     for i in range(n_blocks):
-        layers.append(ResBlock(width if i else channels_in, width, config.dropout, eps=EPS))
+        layers.append(ResBlock(width if i else channels_in, width, config.dropout, norm=taming_norm(config)))
         if config.level_sizes_px[level] in config.attention_sizes_px:
-            layers.append(SpatialAttention(width, n_heads=1, eps=EPS))
+            layers.append(SpatialAttention(width, n_heads=1, norm=taming_norm(config)))
     return layers
 
 
 def _middle(config: ImageTokenizerConfig) -> list[nn.Module]:
     width = config.channels[-1]
     return [
-        ResBlock(width, width, config.dropout, eps=EPS),
-        SpatialAttention(width, n_heads=1, eps=EPS),
-        ResBlock(width, width, config.dropout, eps=EPS),
+        ResBlock(width, width, config.dropout, norm=taming_norm(config)),
+        SpatialAttention(width, n_heads=1, norm=taming_norm(config)),
+        ResBlock(width, width, config.dropout, norm=taming_norm(config)),
     ]
 
 
@@ -48,16 +53,16 @@ class TamingEncoder(nn.Module):
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, config.channels[0], 3, padding=1)
+        width = config.stem_width
+        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         layers: list[nn.Module] = []
-        width = config.channels[0]
         for level, level_width in enumerate(config.channels):
             layers += _level(config, level, width, config.n_res_blocks)
             width = level_width
             if level + 1 < len(config.channels):
                 layers.append(TamingDownsample(width))
         self.layers = nn.Sequential(*layers, *_middle(config))
-        self.norm_out = group_norm(width, eps=EPS)
+        self.norm_out = taming_norm(config)(width)
         self.conv_out = nn.Conv2d(width, config.latent_width, 3, padding=1)
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
@@ -80,7 +85,7 @@ class TamingDecoder(nn.Module):
             if level > 0:
                 layers.append(Upsample(width, width))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = group_norm(width, eps=EPS)
+        self.norm_out = taming_norm(config)(width)
         self.conv_out = nn.Conv2d(width, config.decoded_channels, 3, padding=1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:

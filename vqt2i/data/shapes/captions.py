@@ -24,6 +24,7 @@ from vqt2i.data.shapes.scene import (
 from vqt2i.data.shapes.split import (
     HELD_OUT_COLOUR_SHAPE,
     HELD_OUT_RELATION,
+    HELD_OUT_SHAPE_FILL,
     OUTER_SHAPES,
     SEEN_COLOUR_SHAPE,
     choose,
@@ -67,6 +68,16 @@ class Facts:
     def from_json(cls, value: dict[str, Any]) -> "Facts":
         """The facts that `to_json` wrote."""
         return cls(**{**value, "objects": tuple(ObjectFacts(**thing) for thing in value["objects"])})
+
+
+def states_held_out(facts: Facts) -> bool:
+    """Whether a combination that never occurs in training is stated."""
+    pairs = ((thing.colour, thing.shape) in HELD_OUT_COLOUR_SHAPE for thing in facts.objects)
+    fills = ((thing.shape, thing.fill) in HELD_OUT_SHAPE_FILL for thing in facts.objects)
+    related = facts.relation is not None and relation_is_held_out(
+        facts.relation, facts.objects[0].shape, facts.objects[1].shape
+    )
+    return any(pairs) or any(fills) or related
 
 
 @dataclass(frozen=True)

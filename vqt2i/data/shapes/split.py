@@ -4,8 +4,9 @@ A scene is a pure function of (seed, split, index). Scenes of `train` and `val` 
 in any object and between any two objects, stated or not; every scene of `unseen` holds at least one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -113,6 +114,12 @@ def draw_scene(seed: int, split: Split, index: int) -> Scene:
         scene = _draw_kind(rng, kind)
         if scene is not None and bool(held_out_in(scene)) == (split == "unseen"):
             return scene
+
+
+def single_scenes(seed: int, split: Split) -> Iterator[Scene]:
+    """The scenes of a split that hold one object, without end."""
+    scenes = (draw_scene(seed, split, index) for index in count())
+    return (scene for scene in scenes if len(scene.objects) == 1)
 
 
 def _draw_kind(rng: np.random.Generator, kind: str) -> Scene | None:

@@ -92,6 +92,7 @@ def rerank_parts(pipeline: TextToImage, *, n_images: int, n_rounds: int) -> Iter
     if pipeline.clip is not None:
         size = pipeline.clip.config.image_size_px
         images_B3HW = torch.rand(n_images, 3, size, size) * 2 - 1
-        jobs["scored by CLIP"] = lambda: clip_scores(engine.clip(pipeline.clip), images_B3HW, texts)
+        read = [pipeline.clip_text.encode(prompt)] * n_images
+        jobs["scored by CLIP"] = lambda: clip_scores(engine.clip(pipeline.clip), images_B3HW, read)
     seconds = _time(jobs, n_rounds, device)
     yield [Parts(contestant="pipeline", precision=engine.precision, n_images=n_images, seconds=seconds)]

@@ -9,10 +9,10 @@ from pathlib import Path
 from vqt2i.config import Config, build_config
 from vqt2i.errors import ConfigError, UserError
 from vqt2i.gpt import GPTConfig
+from vqt2i.origin import Origin
 from vqt2i.training.compare import Timing
 from vqt2i.training.decoding.ceilings import Rates
 from vqt2i.training.decoding.contestants import DecodingPrecision
-from vqt2i.training.record import Origin
 
 
 class Row(Config):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from vqt2i.vq.quantizer.base import Chosen, KindConfig, Quantizer
+from vqt2i.vq.quantizer.base import Chosen, KindConfig, Quantizer, projections
 
 
 class GumbelConfig(KindConfig):
@@ -23,11 +23,14 @@ class GumbelConfig(KindConfig):
     kl_weight: of the KL divergence from the uniform prior in nats per cell; it rises from 0 along a cosine within the
         first `kl_warmup_share` of the training. More of it keeps more codes in use. DALL·E's beta of 6.6 is for sums
         over a cell's pixel values (appendix A.2); our losses are means over them: beta / (3 * downsample^2).
+    code_dim: width of latents and codes, with 1x1 convolutions to and from it (VQGAN's variant, Esser et al. 2021);
+        null leaves these out: codes are as wide as the decoder's input (DALL·E's).
     straight_through: in training the decoder reads one code instead of a mixture, with the mixture's gradient.
     """
 
     kind: Literal["gumbel"] = "gumbel"
     codebook_size: PositiveInt = 512
+    code_dim: PositiveInt | None = None
     temperature: PositiveFloat = 1.0
     final_temperature: PositiveFloat = 1 / 16
     anneal_share: float = Field(1.0, gt=0, le=1)
@@ -49,16 +52,19 @@ def along_cosine(first: float, last: float, share: float) -> float:
 
 
 class GumbelQuantizer(Quantizer):
-    """A logit for each code; codes are as wide as the decoder's input, so that there is nothing between (DALL·E's 1x1
-    convolutions at both ends).
+    """A logit for each code, by a 1x1 convolution of the latents.
 
     In training the noise is the global random stream's; in evaluation mode and in `encode` the likeliest code is taken.
     `ids_BHW` is it in both modes.
     """
 
     def __init__(self, config: GumbelConfig, channels: int, channels_out: int | None = None) -> None:
-        super().__init__(config, nn.Conv2d(channels, config.codebook_size, 1), nn.Identity())
-        self.codebook = nn.Parameter(torch.randn(config.codebook_size, channels_out or channels))
+        to_code, from_code = nn.Conv2d(config.code_dim or channels, config.codebook_size, 1), nn.Identity()
+        if config.code_dim:
+            to_latents, from_code = projections(channels, config.code_dim, channels_out)
+            to_code = nn.Sequential(to_latents, to_code)
+        super().__init__(config, to_code, from_code)
+        self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim or channels_out or channels))
 
     def choose(self, latents_ND: Tensor, progress: float) -> Chosen:
         config, ids_N1 = self.config, self.ids_of(latents_ND)
