@@ -84,7 +84,8 @@ def test_distances_by_a_clip_are_never_called_fid() -> None:
     for name in ("clip_frechet_distance", "clip_kernel_distance", "clip_precision", "clip_recall"):
         assert "CLIP image tower" in label_of(name) and "Inception" not in label_of(name)
     assert label_of("fid") == "FID (Inception)"
-    assert shown(Row("fid", 1234.5, 1.25, 0.5, 1, {})) == "1,234.5 (1.250 to 0.5000)"
+    assert shown(Row("fid", 1234.5, 1.25, 0.5, 1, {})) == "1,234.5 (1.250 to 0.500)"
+    assert shown(Row("kid", 0.0002, -0.0011, 0.01, 1, {})) == "0.0002 (-0.0011 to 0.010)"
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:

@@ -56,7 +56,9 @@ def shown(row: Row, *, interval: bool = True) -> str:
 def _shown(name: str, value: float) -> str:
     if name in SHARES:
         return f"{100 * value:.1f}"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    if abs(value) < 0.01:
+        return f"{value:.4f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def write_page(result: Result, folder: Path) -> str:

@@ -71,8 +71,12 @@ def nearest_codes(latents_ND: Tensor, codes_KD: Tensor) -> Tensor:
     """Index of the code with the smallest Euclidean distance to each latent, (N,) long."""
     squares_K = codes_KD.square().sum(-1)
     rows = max(1, MAX_SCORES // len(codes_KD))
-    parts = [torch.addmm(squares_K, part, codes_KD.T, alpha=-2).argmin(-1) for part in latents_ND.split(rows)]
-    return torch.cat(parts)
+    # into one result: small ones that stay between large ones that go would keep the memory of all scores (measured:
+    # 0.4 GB for 400,000 latents and 256 codes)
+    ids_N = torch.empty(len(latents_ND), dtype=torch.long, device=latents_ND.device)
+    for part_ND, found_N in zip(latents_ND.split(rows), ids_N.split(rows), strict=True):
+        found_N.copy_(torch.addmm(squares_K, part_ND, codes_KD.T, alpha=-2).argmin(-1))
+    return ids_N
 
 
 class VectorQuantizer(Quantizer):
