@@ -14,7 +14,7 @@ from vqt2i.data.sources import read_image
 from vqt2i.errors import CheckpointError, DataError, PromptError
 from vqt2i.generation import BeamConfig, DrawConfig, TextToImage
 from vqt2i.generation.captions import beam_search, draw_texts, require_reads_images, rerank
-from vqt2i.gpt import GPT, caption_log_probability, image_log_probability
+from vqt2i.gpt import GPT, LossWeights, caption_log_probability, gpt_loss
 from vqt2i.text import pad_texts
 
 SIZES = {"n_text_ids": 3, "text_length": 3}
@@ -113,8 +113,8 @@ def test_reranked_texts_are_in_the_order_of_both_directions(make_gpt) -> None:
     for image_I, before, after in zip(image_BI, groups, rerank(gpt, image_BI, groups), strict=True):
         assert {text.ids for text in before} == {text.ids for text in after}
         for text in after:
-            forth = image_log_probability(gpt, pad_texts([list(text.ids)], 3), image_I[None])
-            assert text.image_log_p == pytest.approx(float(forth), rel=1e-5)
+            forth = gpt_loss(gpt, pad_texts([list(text.ids)], 3), image_I[None], 0, LossWeights())
+            assert text.image_log_p == pytest.approx(-len(image_I) * float(forth.image), rel=1e-5)
         both = [text.log_p + text.image_log_p for text in after]
         assert both == sorted(both, reverse=True)
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from vqt2i.config import Config
 from vqt2i.data.images import fit_square, to_tensor
 from vqt2i.errors import CheckpointError, DataError, PromptError
+from vqt2i.generation.rerank import likelihood_scores
 from vqt2i.generation.sampling import keep_likeliest, pick
-from vqt2i.gpt import GPT, image_log_probability
+from vqt2i.gpt import GPT
 from vqt2i.nn.cache import BranchedCache, Branches
 from vqt2i.runtime import stream_seed
-from vqt2i.text import TextBatch, TextTokenizer, pad_texts
+from vqt2i.text import TextTokenizer
 from vqt2i.vq import AnyImageTokenizer
 
 ROWS_AT_ONCE = 256  # of ids; of whole sequences a quarter. Bounds the memory, changes no text
@@ -213,12 +214,11 @@ def draw_texts(
 @torch.inference_mode()
 def rerank(gpt: GPT, image_BI: Tensor, groups: Sequence[Sequence[Found]]) -> list[list[Found]]:
     """The texts of each image in the order of log p(image | text) + log p(text | image)."""
-    rows = [(row, list(found.ids)) for row, group in enumerate(groups) for found in group]
+    rows = [(row, found.ids) for row, group in enumerate(groups) for found in group]
     values: list[float] = []
     for start in range(0, len(rows), ROWS_AT_ONCE // 4):
-        numbers, ids = zip(*rows[start : start + ROWS_AT_ONCE // 4], strict=True)
-        text = TextBatch(*(t.to(gpt.device) for t in pad_texts(list(ids), gpt.layout.config.text_length)))
-        values += image_log_probability(gpt, text, image_BI[list(numbers)]).tolist()
+        numbers, texts = zip(*rows[start : start + ROWS_AT_ONCE // 4], strict=True)
+        values += (image_BI.shape[1] * likelihood_scores(gpt, image_BI[list(numbers)], texts)).tolist()
     scores = iter(values)
     scored = [[found._replace(image_log_p=next(scores)) for found in group] for group in groups]
     return [sorted(group, key=lambda found: -(found.image_log_p + found.log_p)) for group in scored]

@@ -17,7 +17,7 @@ from vqt2i.gpt.condition import (
     VectorCondition,
     Vectors,
 )
-from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss, image_log_probability
+from vqt2i.gpt.loss import GPTLoss, LossWeights, caption_log_probability, gpt_loss
 from vqt2i.gpt.model import GPT, GPTConfig, HeadConfig, Positions
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
 
@@ -48,5 +48,4 @@ __all__ = [
     "Vectors",
     "caption_log_probability",
     "gpt_loss",
-    "image_log_probability",
 ]

@@ -116,14 +116,6 @@ def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor, cache: 
     return -(nll * counts).sum(1) / counts.sum(1)
 
 
-def image_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor) -> Tensor:
-    """log p(image | text) in nats, (B,)."""
-    sequences = gpt.layout.join(text, image_BI)
-    hidden = gpt(sequences.until(-1))
-    nll, _ = token_nll(gpt.image_logits(hidden[:, gpt.layout.image_targets(reversed_order=False)]), image_BI)
-    return -nll.sum(1)
-
-
 def token_nll(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each target and the squared log-partition, float32 (B, L) each."""
     logits = logits_BLV.float()

@@ -147,7 +147,7 @@ def _best_ratio(table: Sequence[Row], row: Row, precision: str) -> str:
 
 def _ratio(ours: Timing, theirs: Timing) -> str:
     middle, lowest, highest = ours.times_as_fast_as(theirs)
-    return f"{middle:.2f} ({lowest:.2f} to {highest:.2f})"
+    return f"{middle:.2f}" + (f" ({lowest:.2f} to {highest:.2f})" if len(ours.seconds) > 1 else "")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -83,6 +83,7 @@ def plot_scaling(rows: Sequence[Row], config: GPTConfig, rates: Rates, path: Pat
         (line,) = axes.plot(n, [row.timing.median for row in found], "o-", label=label)
         least = [least_seconds(grid_of(count, config), precision, 1, True, rates).seconds for count in n]
         axes.plot(n, least, "--", color=line.get_color(), linewidth=1)
+    axes.plot([], [], "--", color="grey", linewidth=1, label="least time by the machine's rates")
     axes.set(xscale="log", yscale="log", xlabel="image tokens", ylabel="seconds for one guided image")
     lengths = sorted({row.n_tokens for row in rows})
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths], minor=False)
