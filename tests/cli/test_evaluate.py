@@ -60,6 +60,15 @@ def test_every_measure_comes_with_its_protocol_a_page_and_pictures(
     assert result.fingerprints.keys() == {"text", "vq", "gpt", "clip"}
 
 
+def test_the_nearest_training_pictures_stand_beside_what_was_drawn(evaluate) -> None:
+    assert evaluate(*SMALL, "--measure", "memorisation", "--out", "o") == 0
+    rows = {(row.name, row.where["pictures"]): row for row in rows_of(read_result(Path("o")), "memorisation")}
+    assert rows.keys() == {("nearest_rmse", "drawn"), ("nearest_rmse", "held out"), ("own_picture", "drawn")}
+    assert rows["nearest_rmse", "drawn"].n == rows["own_picture", "drawn"].n == 20
+    assert len(list(Path("o/nearest").iterdir())) == 20
+    assert Path("o/report.html").read_text().count("<figure><img") == 20
+
+
 def test_a_job_that_was_stopped_goes_on_and_what_is_measured_stays(
     evaluate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vqt2i.data.sampling import LaneSampler, StepSampler, Visits, draw, shuffled
+from vqt2i.data.sampling import LaneSampler, MixedSampler, StepSampler, Visits, draw, shuffled
 
 
 def joined(steps: list[Visits]) -> Visits:
@@ -47,6 +47,29 @@ def test_ranks_share_out_the_same_global_batch(n_ranks: int) -> None:
 
 def test_the_length_is_that_of_the_whole_run() -> None:
     assert len(StepSampler(10, 4, 15, seed=0, first_step=7)) == 15  # Lightning counts batches from the run's start
+
+
+def test_a_mixed_step_has_its_share_of_either_set_and_each_set_is_gone_through_as_alone() -> None:
+    steps = list(MixedSampler((10, 100), 8, 3, 20, seed=2))
+    for number, of in ((5, lambda index_B: index_B < 10), (3, lambda index_B: index_B >= 10)):
+        size, offset = (10, 0) if number == 5 else (100, 10)
+        for mixed, alone in zip(steps, StepSampler(size, number, 20, seed=2), strict=True):
+            index_B, epoch_B = (part[of(mixed.index_B)] for part in mixed)
+            found = sorted(zip(index_B - offset, epoch_B, strict=True))
+            assert found == sorted(zip(*alone, strict=True)) and len(found) == number
+    firsts = [visits.index_B[0] < 10 for visits in steps]
+    assert any(firsts) and not all(firsts)  # no place in a batch belongs to one of the sets
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_a_mixed_run_goes_on_at_step_k_and_its_ranks_share_out_the_same_batch(n_ranks: int) -> None:
+    whole = list(MixedSampler((10, 7), 8, 3, 9, seed=3))
+    for first in (0, 5):
+        ranks = [MixedSampler((10, 7), 8, 3, 9, seed=3, first_step=first, rank=r, n_ranks=n_ranks)
+                 for r in range(n_ranks)]  # fmt: skip
+        for batch, *shares in zip(whole[first:], *ranks, strict=True):
+            dealt = Visits(*(np.stack(parts, axis=1).reshape(-1) for parts in zip(*shares, strict=True)))
+            assert same([dealt], [batch])
 
 
 GRID = Visits(*(part.reshape(-1) for part in np.mgrid[0:100, 0:100]))  # 100 samples in 100 epochs

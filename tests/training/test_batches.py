@@ -10,7 +10,15 @@ from vqt2i.data.sampling import Visits
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import DataError
 from vqt2i.text.train import TextTokenizerConfig, train_text_tokenizer
-from vqt2i.training.batches import Batch, BatchLoader, ImageSamples, TokenSamples, training_loader, validation_loader
+from vqt2i.training.batches import (
+    Batch,
+    BatchLoader,
+    ImageSamples,
+    MixedSamples,
+    TokenSamples,
+    training_loader,
+    validation_loader,
+)
 from vqt2i.training.encode import encode_dataset
 
 ALL = Visits(*(part.reshape(-1) for part in np.mgrid[0:24, 0:3]))  # 24 samples in 3 epochs
@@ -95,6 +103,19 @@ def test_a_batch_holds_what_its_samples_hold(images: ImageSamples, tokens: Token
 def test_images_are_fitted_to_the_size_asked_for(tiny_dataset: DataSet) -> None:
     batch = ImageSamples(tiny_dataset.split("train"), 8, None, seed=0).batch(visits((0, 0)), 3, augment=True)
     assert batch.image.shape == (1, 3, 8, 8) and batch.text.n_ids_B.tolist() == [0]
+
+
+def test_a_mixed_batch_holds_what_its_sources_hold(
+    images: ImageSamples, tokens: TokenSamples, tiny_dataset: DataSet, tiny_text
+) -> None:
+    others = ImageSamples(tiny_dataset.split("val"), 16, tiny_text, seed=0)
+    mixed = MixedSamples(images, others, 0.5).batch(visits((3, 1), (24, 0), (9, 2), (30, 5)), 12, augment=True)
+    for source, rows, looks in ((images, [0, 2], [(3, 1), (9, 2)]), (others, [1, 3], [(0, 0), (6, 5)])):
+        alone = source.batch(visits(*looks), 12, augment=True)
+        text = type(mixed.text)(*(part[rows] for part in mixed.text))
+        assert equal(alone, Batch(mixed.image[rows], None, text, mixed.chance_B[rows]))
+    one_source = MixedSamples(tokens, tokens, 0.5).batch(visits((30, 0), (24, 3)), None, augment=True)
+    assert equal(one_source, tokens.batch(visits((6, 0), (0, 3)), None, augment=True))
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])

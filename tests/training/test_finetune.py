@@ -1,4 +1,4 @@
-"""A run that starts from a trained GPT: whole, in part, or through adapters."""
+"""A run that starts from a trained model: whole, in part, or through adapters."""
 
 import os
 import subprocess
@@ -12,13 +12,18 @@ from safetensors.torch import load_file, save_file
 from vqt2i.checkpoint import WEIGHTS, load_model, read_card
 from vqt2i.cli import main
 from vqt2i.config import load_config
+from vqt2i.data.shards import DataSet
 from vqt2i.errors import CheckpointError, ConfigError
+from vqt2i.generation.find import find_parts
+from vqt2i.generation.parts import load_parts, pipeline_folders
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.text import pad_texts
 from vqt2i.training.checkpoints import checkpoint_path
+from vqt2i.training.encode import store_folder
 from vqt2i.training.export import export_checkpoint
 from vqt2i.training.finetune import LoRAConfig, add_adapters, freeze, merge_adapter, merged_weights, part_of, plain_gpt
 from vqt2i.training.gpt import GPTRunConfig
+from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 TRAIN_GPT = Path(__file__).parents[2] / "tools" / "train_gpt.py"
 LORA = "training.lora={rank: 2, alpha: 6}"
@@ -160,6 +165,73 @@ def test_what_a_base_learned_of_captions_is_remembered(train, base: str) -> None
 def test_settings_that_make_no_sense_are_refused(override: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load_config(GPTRunConfig, None, [override])
+
+
+@pytest.fixture
+def decoder_only(model_folders: Path) -> str:
+    return f"training={{start_from: '{model_folders}', trained: decoder}}"
+
+
+def test_a_decoder_trained_alone_draws_other_pictures_of_the_same_ids(
+    train, decoder_only: str, model_folders: Path, tiny_vq: ImageTokenizer
+) -> None:
+    run = train("vqgan", decoder_only)
+    tuned = load_model(run / "model", ImageTokenizerConfig, ImageTokenizer)
+    for name, before in tiny_vq.state_dict().items():
+        same = torch.equal(before, tuned.state_dict()[name])
+        assert same == (not name.startswith("decoder.")), name
+    assert tuned.ids_fingerprint == tiny_vq.fingerprint != tuned.fingerprint
+    assert read_card(run / "model")["start_from"]["fingerprint"] == tiny_vq.fingerprint
+    again = train("vqgan", decoder_only.replace(str(model_folders), str(run)))  # the ids are still the first one's
+    assert load_model(again / "model", ImageTokenizerConfig, ImageTokenizer).ids_fingerprint == tiny_vq.fingerprint
+    whole = train("vqgan", f"training.start_from={run}")
+    changed = load_model(whole / "model", ImageTokenizerConfig, ImageTokenizer)
+    assert changed.ids_fingerprint == changed.fingerprint
+    assert not torch.equal(changed.quantizer.codebook, tiny_vq.quantizer.codebook)
+
+
+def test_a_gpt_goes_with_every_decoder_of_its_ids_and_is_trained_on_with_any(
+    train, decoder_only: str, base: str, model_folders: Path, tiny_dataset: DataSet, tmp_path: Path
+) -> None:
+    tuned = train("vqgan", decoder_only) / "model"
+    folders = pipeline_folders(model_folders) | {"vq": tuned}
+    image_ids = torch.arange(16).reshape(1, 4, 4)
+    pictures = [load_parts(each).vq.decode(image_ids) for each in (folders, pipeline_folders(model_folders))]
+    assert not torch.equal(*pictures)
+    stores = set(tiny_dataset.folder.glob("store-*"))
+    run = train("gpt", base, f"image_tokenizer={tuned}")
+    assert set(tiny_dataset.folder.glob("store-*")) - stores in (set(), {store_of(tiny_dataset, model_folders)})
+    parts, _ = find_parts(str(run), tmp_path / "runs")
+    assert parts["vq"] == tuned
+    load_parts(parts | {"vq": model_folders / "vq"})
+
+
+def store_of(dataset: DataSet, pipeline: Path) -> Path:
+    parts = load_parts(pipeline_folders(pipeline))
+    return store_folder(dataset, parts.vq, parts.text)
+
+
+def test_a_decoder_run_resumes_exactly(train, weights, decoder_only: str, tmp_path: Path) -> None:
+    steps = ["trainer.checkpoint_every_steps=5", "trainer.keep_last=9"]
+    whole = train("vqgan", decoder_only, *steps, runs=tmp_path / "whole")
+    expected = weights(whole)
+    again = train("vqgan", decoder_only, *steps, resume=checkpoint_path(whole, 5), runs=tmp_path / "whole")
+    assert again == whole
+    assert all(torch.equal(value, weights(again)[name]) for name, value in expected.items())
+
+
+def test_an_image_tokenizer_to_start_from_that_does_not_fit_is_refused(
+    train, decoder_only: str, model_folders: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="give its folder as start_from"):
+        train("vqgan", "training.trained=decoder")
+    with pytest.raises(ConfigError, match=r"model.ids_of is written by training.trained"):
+        train("vqgan", decoder_only, "model.ids_of=abc")
+    with pytest.raises(ConfigError, match=r"quantizer.code_dim: 4 there, 5 here"):
+        train("vqgan", decoder_only, "model.quantizer.code_dim=5")
+    with pytest.raises(CheckpointError, match=r"start_from .*gpt: no image tokenizer there.*a run of train_vqgan"):
+        train("vqgan", f"training.start_from={model_folders / 'gpt'}")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_base_that_does_not_fit_is_refused(train, base: str, model_folders: Path, tmp_path: Path) -> None:

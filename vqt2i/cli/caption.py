@@ -26,14 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
-    """--beams, --length-exponent, --ids, --no-rerank, --draw, --temperature, --top-p."""
-    parser.add_argument("--beams", type=int, metavar="K", help="beginnings kept by the search (default: 16)")
+    """--beams, --length-exponent, --ids, --text-weight, --no-rerank, --draw, --temperature, --top-p."""
+    parser.add_argument("--beams", type=int, metavar="K", help="beginnings kept by the search (default: 64)")
     parser.add_argument("--length-exponent", type=float, metavar="A", help="captions of n ids are compared by "
                         "log p / n^A; 0 prefers short ones (default: 0.5)")  # fmt: skip
     parser.add_argument("--ids", type=int, metavar="N", help="of every caption, by a GPT that cannot end one, such as "
                         "CogView's (default: 20)")  # fmt: skip
     parser.add_argument("--no-rerank", action="store_const", const=False, dest="caption_rerank", help="the search's "
                         "order: do not ask the GPT how well it would draw the picture from each")  # fmt: skip
+    parser.add_argument("--text-weight", type=float, metavar="W", help="what the search finds is put in the order of "
+                        "log p(picture | caption) + W log p(caption | picture) (default: 2)")  # fmt: skip
     parser.add_argument("--draw", action="store_true", help="draw captions instead of searching for the likeliest")
     parser.add_argument("--temperature", type=float, metavar="T", help="of drawing (default: 1)")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest ids of probability P only")
@@ -50,7 +52,12 @@ def caption_config_from(args: argparse.Namespace) -> "BeamConfig | DrawConfig":
     from vqt2i.generation.captions import BeamConfig, DrawConfig
 
     options = {
-        BeamConfig: {"n_beams": args.beams, "length_exponent": args.length_exponent, "rerank": args.caption_rerank},
+        BeamConfig: {
+            "n_beams": args.beams,
+            "length_exponent": args.length_exponent,
+            "rerank": args.caption_rerank,
+            "text_weight": args.text_weight,
+        },
         DrawConfig: {"temperature": args.temperature, "top_p": args.top_p},
     }
     cls, other = (DrawConfig, BeamConfig) if args.draw else (BeamConfig, DrawConfig)

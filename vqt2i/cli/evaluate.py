@@ -6,9 +6,12 @@ MEASURES, of which --measure chooses:
   fidelity        FID, KID, IS, precision and recall beside DATA; without --inception, distances by a CLIP image tower
   reconstruction  PSNR, SSIM, LPIPS, distances and use of the codes on DATA
   sweep           alignment and distance over sampling settings
+  memorisation    how near pictures come to those of DATA's train split, beside how near those of --split do
   captions        how often what the model says of a rendered scene of the shapes is true
   upscaling       how near pictures of DATA, halved and drawn in their size again by a model for super-resolution, come
                   to the real ones, beside bicubic interpolation
+  style           how often prompts with a style's words, and without, give what they ask for, of objects that the
+                  pictures in DATA (make_dataset shapes --style) do not show
 Writes result.json and report.html into a folder, which is printed last. Stopped, the same command with --out that
 folder goes on; other measures of the same model may be added to it.
 """

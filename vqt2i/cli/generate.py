@@ -125,7 +125,7 @@ def _upscaled(
     from dataclasses import replace
 
     kept = group[:n]
-    if pipeline.vq.fingerprint != upscaler.vq.fingerprint:
+    if pipeline.vq.ids_fingerprint != upscaler.vq.ids_fingerprint:
         kept = [replace(sample, image_ids_HW=upscaler.image_ids(sample.image_HW3).numpy()) for sample in kept]
     text = None if isinstance(prompts[group[0].prompt_index], str) else ""  # in place of a picture's name
     return [*upscaler.upscale(kept, text, seed=seed), *group[n:]]

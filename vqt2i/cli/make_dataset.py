@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--n-val", type=int, metavar="N", help="pictures of the same kind, to validate (default 1000)")
     shapes.add_argument("--n-unseen", type=int, metavar="N", help="pictures of combinations train lacks (default 1000)")
     shapes.add_argument("--seed", type=int, default=0)
-    shapes.add_argument("--style", choices=("plain", "dipped"), default="plain", help="dipped: in chocolate, single "
-                        "objects, by default 20 of each split, to teach a model a style with")  # fmt: skip
+    shapes.add_argument("--style", choices=("plain", "beach"), default="plain", help="beach: one or two objects "
+                        "between sky and sand, by default 20 of each split, to teach a model a style with")  # fmt: skip
     shapes.add_argument("--labels", choices=("shape", "colour"), help="a data set of classes: pictures of one object "
                         "each, whose class is its shape or its colour")  # fmt: skip
 
@@ -99,10 +99,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_shapes(args: argparse.Namespace, config: "BuildConfig", token_count: "TokenCount | None") -> None:
-    from vqt2i.data.build import DEFAULT_COUNTS, DIPPED_COUNTS, build_shapes
+    from vqt2i.data.build import DEFAULT_COUNTS, STYLE_COUNTS, build_shapes
 
     given = {"train": args.n_train, "val": args.n_val, "unseen": args.n_unseen}
-    default = DEFAULT_COUNTS if args.style == "plain" else DIPPED_COUNTS
+    default = DEFAULT_COUNTS if args.style == "plain" else STYLE_COUNTS
     counts = {split: default[split] if count is None else count for split, count in given.items()}
     for split, count in counts.items():
         if count < (split == "train"):

@@ -257,19 +257,19 @@ def _nothing_usable(report: Report, missing_split: str) -> str:
 # --- the embedded default ---
 
 DEFAULT_COUNTS = {"train": 30_000, "val": 1_000, "unseen": 1_000}
-DIPPED_COUNTS = {"train": 20, "val": 20, "unseen": 20}
+STYLE_COUNTS = {"train": 20, "val": 20, "unseen": 20}
 # There are few enough simple scenes that some come twice, under other captions: no fault in this set.
 SHAPES_CONFIG = BuildConfig(size_px=32, drop_duplicates="none")
 
 
-Style = Literal["plain", "dipped"]
+Style = Literal["plain", "beach"]
 
 
 def shapes_items(
     counts: dict[str, int], seed: int, size_px: int, style: Style = "plain", labels: shapes.LabelName | None = None
 ) -> Entries:
     """The embedded set: `counts` scenes of each split; with `labels`, of one object each, whose class that is."""
-    pairs = {"plain": shapes.pairs, "dipped": shapes.dipped_pairs}[style]
+    pairs = {"plain": shapes.pairs, "beach": shapes.beach_pairs}[style]
     if labels:
         pairs = partial(shapes.labelled_pairs, labels)
     for split, n in counts.items():

@@ -83,6 +83,37 @@ class StepSampler(Sampler[Visits]):
             yield Visits(np.concatenate([orders[e][place_B[epoch_B == e]] for e in epochs]), epoch_B)
 
 
+class MixedSampler(Sampler[Visits]):
+    """The visits of two sets of samples together, `n_second` of each step in the second set.
+
+    Each set is gone through as `StepSampler` does. An index from `sizes[0]` on is of the second set. Each step is
+    shuffled, so that what is done to the first rows of a batch, or on one rank, falls on both sets.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, int], batch_size: int, n_second: int, n_steps: int, seed: int, *,
+        first_step: int = 0, rank: int = 0, n_ranks: int = 1,
+    ) -> None:  # fmt: skip
+        counts = (batch_size - n_second, n_second)
+        self.parts = [
+            StepSampler(size, count, n_steps, seed, first_step=first_step)
+            for size, count in zip(sizes, counts, strict=True)
+        ]
+        self.n_first_samples, self.batch_size, self.n_steps, self.seed = sizes[0], batch_size, n_steps, seed
+        self.first_step, self.rank, self.n_ranks = first_step, rank, n_ranks
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+    def __iter__(self) -> Iterator[Visits]:
+        for step, (first, second) in enumerate(zip(*self.parts, strict=True), self.first_step):
+            order = np.random.default_rng(stream_seed("mix", self.seed, step)).permutation(self.batch_size)
+            index_B = np.concatenate((first.index_B, second.index_B + self.n_first_samples))
+            epoch_B = np.concatenate((first.epoch_B, second.epoch_B))
+            here = order[self.rank :: self.n_ranks]
+            yield Visits(index_B[here], epoch_B[here])
+
+
 class LaneSampler(Sampler[Visits]):
     """The positions in a stream that each step of a rank reads, from `first_step` up to `n_steps`.
 

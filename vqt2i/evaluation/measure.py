@@ -24,14 +24,15 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from vqt2i.config import Config, build_config
-from vqt2i.data.images import png_bytes, to_tensor
+from vqt2i.data.images import fit_square, png_bytes, to_tensor
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import ConfigError, DataError, PromptError, UserError
 from vqt2i.evaluation.alignment import RETRIEVED_OF, Candidates, Examiner, alignment_rows, mean_rows
 from vqt2i.evaluation.captions import CaptionProtocol, measure_captions, require_scenes
 from vqt2i.evaluation.features import LEAST, Extractor, Features, estimate_distances
 from vqt2i.evaluation.judge import Judge
-from vqt2i.evaluation.page import PAGE, RECONSTRUCTIONS, SAMPLES, first_drawn, write_page
+from vqt2i.evaluation.memorisation import Nearest, memorisation_rows, nearest_of
+from vqt2i.evaluation.page import NEAREST, PAGE, RECONSTRUCTIONS, SAMPLES, first_drawn, shown_of, write_page
 from vqt2i.evaluation.prompts import KINDS, Asked, caption_prompts, drawn_prompts, listed_prompts
 from vqt2i.evaluation.reconstruction import AT_ONCE, batches_of, measure_reconstruction
 from vqt2i.evaluation.result import (
@@ -45,6 +46,7 @@ from vqt2i.evaluation.result import (
     write_result,
 )
 from vqt2i.evaluation.statistics import Estimate
+from vqt2i.evaluation.style import STYLE_KINDS, StyleProtocol, measure_style, n_pictures, require_style
 from vqt2i.evaluation.upscaling import measure_upscaling, require_large
 from vqt2i.files import require_free, sha256_of_file, sha256_of_parts, write_atomic
 from vqt2i.generation import BeamConfig, Sample, SamplingConfig, TextToImage
@@ -58,7 +60,9 @@ from vqt2i.runtime import counter, progress, say
 from vqt2i.text import clean_text
 from vqt2i.vq.lpips import LPIPS, PerceptualConfig
 
-MeasureName = Literal["reconstruction", "fidelity", "alignment", "sweep", "captions", "upscaling"]
+MeasureName = Literal[
+    "reconstruction", "fidelity", "alignment", "sweep", "captions", "upscaling", "style", "memorisation"
+]
 MEASURES: tuple[MeasureName, ...] = get_args(MeasureName)
 CAPTIONS = 1000  # prompts from captions at most, where no number is given
 OF_EACH_KIND = 100  # drawn prompts, or scenes
@@ -127,12 +131,14 @@ class Evaluation:
         self.size_px = pipeline.vq.config.image_size_px
         if "captions" in config.measures:
             require_scenes(pipeline, self._captions)
-        drawn_by = [m for m in ("alignment", "fidelity", "sweep") if m in config.measures]
+        drawn_by = [m for m in ("alignment", "fidelity", "memorisation", "sweep") if m in config.measures]
         self._require_data(drawn_by)
         if drawn_by and pipeline.gpt.layout.is_upscaling:
             raise PromptError(f"{drawn_by[0]}: this GPT draws pictures from ones of half their size; measure upscaling")
         if "upscaling" in config.measures:
             require_large(pipeline, self.data.split(config.split), config.n_images)
+        if "style" in config.measures:
+            require_style(pipeline, self.data.split("train"))
         self.asked = self._read_prompts() if drawn_by else []
         self.scorer = config.scorer or pipeline.default_scorer
         self.extractor = self._open_extractor()
@@ -145,10 +151,12 @@ class Evaluation:
 
     def _require_data(self, drawn_by: list[str]) -> None:
         config = self.config
-        asks = [m for m in ("reconstruction", "fidelity", "upscaling") if m in config.measures]
+        asks = [m for m in ("reconstruction", "fidelity", "upscaling", "style", "memorisation") if m in config.measures]
         asks += ["prompts from captions"] if drawn_by and config.prompts == "captions" else []
         if asks and self.data is None:
             raise DataError(f"{asks[0]}: needs a data set; give its folder behind the model")
+        if "memorisation" in config.measures:
+            self.data.split("train")  # or it is told here that there is none
         compares = {"reconstruction", "fidelity"} & set(config.measures)  # by distances between sets of pictures
         if compares and (n := min(config.n_images, len(self.data.split(config.split)))) < LEAST:
             raise DataError(f"{self.data.folder}: {n} images of split {config.split!r} are to be compared with; "
@@ -179,7 +187,7 @@ class Evaluation:
 
     def _plan_draws(self) -> list[Drawn]:
         config, draws = self.config, []
-        if {"alignment", "fidelity"} & set(config.measures):
+        if {"alignment", "fidelity", "memorisation"} & set(config.measures):
             draws.append(Drawn(self.out / SAMPLES, config.sampling, config.candidates, {}))
         if "sweep" in config.measures:
             for values in product(*config.sweep.values()):
@@ -234,6 +242,14 @@ class Evaluation:
                 **self._compared_protocol(), "sampling": config.sampling.model_dump(), "seed": config.seed,
                 "image_size_px": 2 * self.size_px, "precision": self.pipeline.engine.precision,
             },
+            "memorisation": lambda: drawing | {
+                "data": {"fingerprint": self.data.fingerprint, "trained on": "train", "held out": self._held_out},
+                "resize": self._resize,
+            },
+            "style": lambda: {
+                **asdict(self._style), "sampling": config.sampling.model_dump(), "pictures": self.data.fingerprint,
+                "precision": self.pipeline.engine.precision,
+            },
         }[measure]()  # fmt: skip
         return json.loads(json.dumps(protocol))
 
@@ -256,7 +272,7 @@ class Evaluation:
             "data": {
                 "fingerprint": self.data.fingerprint, "split": split,
                 "n": min(self.config.n_images, len(self.data.split(split))),
-                "resize": f"centre square, Lanczos to {self.size_px} px",
+                "resize": self._resize,
             },
             "features": self.extractor and self.extractor.protocol,
         }  # fmt: skip
@@ -311,6 +327,45 @@ class Evaluation:
         pairs = require_large(self.pipeline, self.data.split(config.split), config.n_images)
         with counter("drawing", len(pairs), unit="pictures") as on_progress:
             return measure_upscaling(self.pipeline, pairs, config.sampling, config.seed, on_progress)
+
+    def _measure_style(self) -> list[Row]:
+        total = n_pictures(self._style) * self.pipeline.gpt.layout.image_length
+        with counter("drawing and judging", total, unit="tokens") as on_token:
+            return measure_style(self.pipeline, self._style, self.data.split("train"), on_token)
+
+    def _measure_memorisation(self) -> list[Row]:
+        trained, drawn = self.data.split("train"), self.draws[0]
+        records = read_records(drawn.folder)
+        nearest = self._nearest(_pictures(drawn.folder, [record["candidates"][0]["file"] for record in records]))
+        for index in shown_of(records):
+            image_HW3 = fit_square(trained[int(nearest.index_N[index])].image_HW3, self.size_px)
+            write_atomic(self.out / NEAREST / f"{index:06d}.png", png_bytes(Image.fromarray(image_HW3)))
+        held_out = self._held_out and self._nearest(
+            batches_of(self.data.split(self._held_out), self.config.n_images, self.size_px)
+        )
+        return memorisation_rows([prompt.text for prompt in self.asked], nearest, trained, held_out)
+
+    def _nearest(self, images: Iterator[np.ndarray]) -> Nearest:
+        trained = self.data.split("train")
+        batches, n_batches = batches_of(trained, len(trained), self.size_px), -(-len(trained) // AT_ONCE)
+        searched = progress(batches, "training pictures", total=n_batches, unit="batches")
+        return nearest_of(np.concatenate(list(images)), searched)
+
+    @property
+    def _held_out(self) -> str | None:
+        """The split whose pictures the model has not seen, if there is one."""
+        name = "val" if self.config.split == "train" else self.config.split
+        return name if name in self.data.spec.splits else None
+
+    @property
+    def _resize(self) -> str:
+        return f"centre square, Lanczos to {self.size_px} px"
+
+    @property
+    def _style(self) -> StyleProtocol:
+        config = self.config
+        n_prompts = config.n_prompts or OF_EACH_KIND
+        return StyleProtocol(config.kinds or STYLE_KINDS, n_prompts, config.candidates, config.seed, config.sampling)
 
     @property
     def _captions(self) -> CaptionProtocol:

@@ -14,7 +14,7 @@ from vqt2i.evaluation.plot import Line, Point, best_front, front_chart, line_cha
 from vqt2i.evaluation.result import Result, Row, Where
 from vqt2i.generation.output import read_records
 
-PAGE, SAMPLES, RECONSTRUCTIONS = "report.html", "samples", "reconstructions.png"
+PAGE, SAMPLES, RECONSTRUCTIONS, NEAREST = "report.html", "samples", "reconstructions.png", "nearest"
 ALL = "all prompts"
 SHOWN_PROMPTS = 32
 # of names that are not plain words; what is a share is told in per cent
@@ -27,11 +27,14 @@ LABELS = {
     "code_usage": "codes used", "code_perplexity": "perplexity of codes", "clip_score": "CLIP score (cosine)",
     "caption_score": "caption score, nats per token", "r_precision": "R-precision", "right": "all right",
     "colour_shape": "colours and shapes", "sentence": "a sentence of the shapes",
-    "sharpness": "sharpness, share of the real", "same_ids": "ids of the real",
+    "sharpness": "sharpness, share of the real", "same_ids": "ids of the real", "in_style": "in the style",
+    "wanted": "as asked for", "nearest_rmse": "distance to the nearest training picture, of 255",
+    "own_picture": "nearest to the prompt's own picture",
 }  # fmt: skip
 SHARES = {
     "precision", "recall", "clip_precision", "clip_recall", "code_usage", "r_precision", "right", "count", "colour",
     "shape", "size", "fill", "relation", "background", "colour_shape", "sentence", "same_ids",
+    "in_style", "wanted", "own_picture",
 }  # fmt: skip
 CHOSEN = {
     "random": "unreranked", "clip": "by CLIP", "caption": "by caption score", "both": "by both", "any": "any of them",
@@ -68,6 +71,8 @@ def write_page(result: Result, folder: Path) -> str:
         body += [*map(section_html, sections_of(name, measured.rows)), "</div>"]
         if name == "alignment":
             body += [*_curves(measured.rows), *_pictures(folder / SAMPLES)]
+        if name == "memorisation":
+            body += _beside_nearest(folder)
         if name == "sweep":
             body += _fronts(measured.rows)
         if name == "reconstruction" and (folder / RECONSTRUCTIONS).is_file():
@@ -84,7 +89,14 @@ def sections_of(measure: str, rows: Sequence[Row], *, intervals: bool = True) ->
     if measure == "sweep":
         title = f"One picture of each prompt at each setting ({', '.join(rows[0].where)}); intervals: result.json"
         return [_table(title, rows, lambda row: label_of(row.name), lambda row: _cell(row.where), intervals=False)]
+    if measure == "style":
+        title = "Prompts with the style's words and without, of objects that the pictures of the style do not show"
+        return [_table(title, rows, _style_line, lambda row: f"{label_of(row.name)}, {_chosen(row.where)}", intervals)]
     heads = {
+        "memorisation": (
+            "The best picture of each prompt and what it was trained on",
+            lambda row: row.where["pictures"],
+        ),
         "fidelity": ("Drawn pictures beside the data set's", lambda row: _chosen(row.where)),
         "reconstruction": ("What the image tokenizer keeps", lambda row: "value"),
         "captions": ("Captions of rendered scenes", lambda row: str(row.where["scenes"])),
@@ -92,6 +104,10 @@ def sections_of(measure: str, rows: Sequence[Row], *, intervals: bool = True) ->
     }
     title, head_of = heads[measure]
     return [_table(title, rows, lambda row: label_of(row.name), head_of, intervals)]
+
+
+def _style_line(row: Row) -> str:
+    return f"{row.where['prompts']}, {row.where['words']}"
 
 
 def _table(
@@ -180,15 +196,35 @@ def _curves(rows: Sequence[Row]) -> Iterator[str]:
 def _pictures(folder: Path) -> Iterator[str]:
     """Of some prompts the first candidate and the one ranked best."""
     records = read_records(folder)
-    every = -(-len(records) // SHOWN_PROMPTS)
+    every = _every(records)
     reranked = len(records[0]["candidates"]) > 1
     which = "the first candidate, and beside it the one ranked best" if reranked else "the pictures"
     yield f"<h3>Pictures</h3><p>{which}; every {_ordinal(every)} prompt</p><div class=sheet>"
-    for record in records[::every]:
+    for record in (records[index] for index in shown_of(records)):
         files = [first_drawn(record), record["candidates"][0]["file"]] if reranked else [first_drawn(record)]
         images = "".join(_image(folder / name) for name in files)
         yield f"<figure>{images}<figcaption><p>{escape(record['prompt'])}</p></figcaption></figure>"
     yield "</div>"
+
+
+def _beside_nearest(folder: Path) -> Iterator[str]:
+    records = read_records(folder / SAMPLES)
+    yield "<p>the picture of a prompt, the best where several were drawn, and beside it the nearest training picture; "
+    yield f"every {_ordinal(_every(records))} prompt</p><div class=sheet>"
+    for index in shown_of(records):
+        best = folder / SAMPLES / records[index]["candidates"][0]["file"]
+        images = _image(best) + _image(folder / NEAREST / f"{index:06d}.png")
+        yield f"<figure>{images}<figcaption><p>{escape(records[index]['prompt'])}</p></figcaption></figure>"
+    yield "</div>"
+
+
+def shown_of(records: Sequence[dict[str, Any]]) -> range:
+    """Which prompts have their pictures on the page."""
+    return range(0, len(records), _every(records))
+
+
+def _every(records: Sequence[dict[str, Any]]) -> int:
+    return -(-len(records) // SHOWN_PROMPTS)
 
 
 def first_drawn(record: dict[str, Any]) -> str:

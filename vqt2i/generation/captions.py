@@ -34,14 +34,17 @@ class BeamConfig(Config):
 
     length_exponent: texts are compared by log p / nᵃ for n ids, EOT counted. 1 is log p per token, the caption score;
         0 is log p itself, which prefers short texts (Wu et al. 2016, arXiv 1609.08144, equation 14, has (5 + n) / 6).
-    rerank: whether the texts found are put in the order of log p(image | text) + log p(text | image): the GPT is asked
-        how well it would draw the image from each (a noisy channel: Yu et al. 2017, arXiv 1611.02554, equation 4).
+    rerank: whether the texts found are put in the order of log p(image | text) + w · log p(text | image): the GPT is
+        asked how well it would draw the image from each (a noisy channel: Yu et al. 2017, arXiv 1611.02554, equ. 4).
+    text_weight: w. Many beams and a rerank find texts that training has seen seldom or never: these are far down among
+        the likeliest.
     n_ids: of every text, where nothing ends one; null is `CAPTION_LENGTH`.
     """
 
-    n_beams: PositiveInt = 16
+    n_beams: PositiveInt = 64
     length_exponent: float = Field(0.5, ge=0, le=10)
     rerank: bool = True
+    text_weight: float = Field(2.0, ge=0)
     n_ids: PositiveInt | None = None
 
 
@@ -124,7 +127,7 @@ def caption_images(
             seeds = [(seed, start + row) for row in range(len(image_BI))]
             groups = draw_texts(gpt, image_BI, n, how, seeds)
         elif how.rerank:
-            groups = rerank(gpt, image_BI, beam_search(gpt, image_BI, how.n_beams, how))
+            groups = rerank(gpt, image_BI, beam_search(gpt, image_BI, how.n_beams, how), how.text_weight)
         else:
             groups = beam_search(gpt, image_BI, n, how)
         for number, found in enumerate(groups, start):
@@ -232,8 +235,8 @@ def draw_texts(
 
 
 @torch.inference_mode()
-def rerank(gpt: GPT, image_BI: Tensor, groups: Sequence[Sequence[Found]]) -> list[list[Found]]:
-    """The texts of each image in the order of log p(image | text) + log p(text | image)."""
+def rerank(gpt: GPT, image_BI: Tensor, groups: Sequence[Sequence[Found]], text_weight: float) -> list[list[Found]]:
+    """The texts of each image in the order of log p(image | text) + text_weight · log p(text | image)."""
     rows = [(row, found.ids) for row, group in enumerate(groups) for found in group]
     values: list[float] = []
     for start in range(0, len(rows), ROWS_AT_ONCE // 4):
@@ -241,7 +244,7 @@ def rerank(gpt: GPT, image_BI: Tensor, groups: Sequence[Sequence[Found]]) -> lis
         values += (image_BI.shape[1] * likelihood_scores(gpt, image_BI[list(numbers)], texts)).tolist()
     scores = iter(values)
     scored = [[found._replace(image_log_p=next(scores)) for found in group] for group in groups]
-    return [sorted(group, key=lambda found: -(found.image_log_p + found.log_p)) for group in scored]
+    return [sorted(group, key=lambda found: -(found.image_log_p + text_weight * found.log_p)) for group in scored]
 
 
 def _read_images(gpt: GPT, image_BI: Tensor, n_each: int) -> tuple[Tensor, BranchedCache]:

@@ -75,7 +75,7 @@ def load_parts(folders: dict[str, Path | None]) -> Parts:
             "text tokenizer", folders["gpt"], found=text.fingerprint, expected=trained.text_tokenizer, hint=hint
         )
     require_same(
-        "image tokenizer", folders["gpt"], found=vq.fingerprint, expected=trained.image_tokenizer, hint=hint
+        "image tokenizer", folders["gpt"], found=vq.ids_fingerprint, expected=trained.image_tokenizer, hint=hint
     )
     clip, clip_text = None, text
     if folders["clip"] is not None:

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 
 from vqt2i.data.images import Variants, fit_variant, n_variants, require_side, to_tensor
 from vqt2i.data.pairs import Pair
-from vqt2i.data.sampling import LaneSampler, StepSampler, Visits, draw
+from vqt2i.data.sampling import LaneSampler, MixedSampler, StepSampler, Visits, draw
 from vqt2i.data.shards import Split
 from vqt2i.data.store import TokenSplit
 from vqt2i.data.stream import Stream
-from vqt2i.errors import DataError, UserError
+from vqt2i.errors import ConfigError, DataError, UserError
 from vqt2i.text import TextBatch, TextTokenizer, pad_texts
 
 
@@ -138,6 +138,53 @@ class TokenSamples:
         return batch._replace(low_ids=torch.from_numpy(low_ids), place_B2=_places(self.seed, visits))
 
 
+@dataclass(frozen=True)
+class MixedSamples:
+    """The samples of two sources, for training: those of `second` have indices from len(first) on.
+
+    share: of each batch, that comes from the second.
+    """
+
+    first: SampleSource
+    second: SampleSource
+    share: float
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def n_second(self, batch_size: int) -> int:
+        """How many samples of a batch come from the second source.
+
+        Raises:
+            ConfigError: none do, or all.
+        """
+        count = round(self.share * batch_size)
+        if not 0 < count < batch_size:
+            raise ConfigError(f"data.also.share {self.share:g}: that is {count} of {batch_size} samples read at once; "
+                              "expected at least one of either data set, so change it or the batch size")  # fmt: skip
+        return count
+
+    def batch(self, visits: Visits, text_length: int | None, *, augment: bool) -> Batch:
+        in_second_B = visits.index_B >= len(self.first)
+        batches, places = [], []
+        for source, offset, here_B in ((self.first, 0, ~in_second_B), (self.second, len(self.first), in_second_B)):
+            if here_B.any():
+                own = Visits(visits.index_B[here_B] - offset, visits.epoch_B[here_B])
+                batches.append(source.batch(own, text_length, augment=augment))
+                places.append(np.flatnonzero(here_B))
+        order_B = torch.from_numpy(np.argsort(np.concatenate(places)))
+        return Batch(*(_in_order(values, order_B) for values in zip(*batches, strict=True)))
+
+
+def _in_order(values: tuple[Any, ...], order_B: Tensor) -> Any:
+    """One field of several batches as that of one, its rows in this order."""
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], TextBatch):
+        return TextBatch(*(_in_order(parts, order_B) for parts in zip(*values, strict=True)))
+    return torch.cat(values)[order_B]
+
+
 def _encoded(tokenizer: TextTokenizer, texts: list[str], dropout: float, seed: int, visits: Visits) -> list[list[int]]:
     if not dropout:
         return [tokenizer.encode(text) if text else [] for text in texts]
@@ -216,6 +263,9 @@ def training_loader(
         block_size = source.split.config.block_size
         sampler = LaneSampler(block_size, batch_size, n_steps, **place, n_workers=n_workers)
         source = replace(source, split=source.split.in_lanes(sampler.n_lanes))
+    elif isinstance(source, MixedSamples):
+        sizes = len(source.first), len(source.second)
+        sampler = MixedSampler(sizes, batch_size, source.n_second(batch_size), n_steps, seed, **place)
     else:
         sampler = StepSampler(len(source), batch_size, n_steps, seed, **place)
     return BatchLoader(partial(source.batch, text_length=text_length, augment=True), sampler, n_workers)

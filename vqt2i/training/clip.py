@@ -158,7 +158,7 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume, deepspeed: 
         StageData(*samples, config.trainer, config.text_length),
         run_config=config,
         model_config=clip_config,
-        card=stage_card("clip", dataset, text_tokenizer=tokenizer_card),
+        card=stage_card("clip", dataset, config.data, text_tokenizer=tokenizer_card),
         runs=runs,
         name=config.name,
         resume=resume,

@@ -48,7 +48,7 @@ def store_spec(
         if name not in dataset.spec.splits:
             raise DataError(f"{dataset.folder}: no split '{name}'; it has {', '.join(dataset.spec.splits) or 'none'}")
     return StoreSpec(
-        image_tokenizer=vq.fingerprint,
+        image_tokenizer=vq.ids_fingerprint,
         text_tokenizer=tokenizer.fingerprint,
         scorer=scorer and scorer.fingerprint,
         embedding_width=scorer.config.embedding_width if scorer else 0,
@@ -242,7 +242,7 @@ def store_folder(
     ending = f"-{scorer.fingerprint[:8]}" if scorer else ""
     ending += "-low-resolution" if low_resolution else ""
     ending += "" if variants == "centre" else f"-{variants}"
-    return dataset.folder / f"store-{vq.fingerprint[:8]}-{tokenizer.fingerprint[:8]}{ending}"
+    return dataset.folder / f"store-{vq.ids_fingerprint[:8]}-{tokenizer.fingerprint[:8]}{ending}"
 
 
 def ensure_store(

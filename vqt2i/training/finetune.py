@@ -1,4 +1,4 @@
-"""Fine-tuning a GPT: what a run starts from, which parts stay as they are, low-rank adapters.
+"""Fine-tuning: what a run starts from, which parts stay as they are, low-rank adapters.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685, equation 3): W x becomes W x + α/r · B A x, of which only A and B are trained;
 B starts at zero, so training starts from W. `peft` puts the adapters into the model. A trained one can be added to W:
@@ -26,6 +26,8 @@ Part = Literal["embedding", "positions", "attention", "mlp", "norms", "head", "c
 Target = Literal["attention", "mlp"]
 # names of the linear maps of a block
 LINEARS: dict[Target, tuple[str, ...]] = {"attention": ("qkv", "out"), "mlp": ("gate_up", "up", "down")}
+# by stage: what the cards of models call it, its part of a pipeline folder, and what it is
+_BASES = {"gpt": (("gpt", "upscaler"), "gpt", "GPT"), "vqgan": (("vqgan",), "vq", "image tokenizer")}
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
 
 
@@ -55,17 +57,18 @@ class Adapter(nn.Module):
         return self.weights
 
 
-def find_base(folder: Path) -> Path:
-    """The GPT's model folder that is meant: itself, of a run, or of a pipeline folder.
+def find_base(folder: Path, stage: Literal["gpt", "vqgan"] = "gpt") -> Path:
+    """The model folder that is meant: itself, of a run, or of a pipeline folder.
 
     Raises:
         CheckpointError: there is none.
     """
-    for candidate in (folder, folder / "model", folder / "gpt"):
-        if (candidate / CARD).is_file() and read_card(candidate).get("kind") in ("gpt", "upscaler"):
+    kinds, part, what = _BASES[stage]
+    for candidate in (folder, folder / "model", folder / part):
+        if (candidate / CARD).is_file() and read_card(candidate).get("kind") in kinds:
             return candidate
-    raise CheckpointError(f"start_from {folder}: no GPT there; expected its model folder, a run of train_gpt, or a "
-                          "pipeline folder")  # fmt: skip
+    raise CheckpointError(f"start_from {folder}: no {what} there; expected its model folder, a run of train_{stage}, "
+                          "or a pipeline folder")  # fmt: skip
 
 
 def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
@@ -86,15 +89,7 @@ def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
                           "alone; leave lora out")  # fmt: skip
     layout = own.layout.model_copy(update={"null_condition": config.layout.null_condition})
     own = own.model_copy(update={"layout": layout} | ({"condition": config.condition} if becomes_upscaler else {}))
-    found, wanted = _dotted(own.model_dump(mode="json")), _dotted(config.model_dump(mode="json"))
-    differences = [
-        f"{key}: {found.get(key)} there, {wanted.get(key)} here"
-        for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)
-    ]  # fmt: skip
-    if differences:
-        raise ConfigError(f"training.start_from {folder}: another model than the settings describe: "
-                          f"{'; '.join(differences)}. Take over its settings and its tokenizers "
-                          "(text_tokenizer, --vq)")  # fmt: skip
+    require_described(folder, own, config)
     return (gpt if gpt.config == config else _rebuilt(gpt, config)).train()
 
 
@@ -108,6 +103,23 @@ def _rebuilt(gpt: GPT, config: GPTConfig) -> GPT:
         n = min(len(own[name]), len(value))
         own[name][:n] = value[:n]
     return other
+
+
+def require_described(folder: Path, found: Config, wanted: Config) -> None:
+    """Check that a model to start from is what the settings describe.
+
+    Raises:
+        ConfigError: it is not; all differences are named.
+    """
+    there, here = _dotted(found.model_dump(mode="json")), _dotted(wanted.model_dump(mode="json"))
+    differences = [
+        f"{key}: {there.get(key)} there, {here.get(key)} here"
+        for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)
+    ]  # fmt: skip
+    if differences:
+        raise ConfigError(f"training.start_from {folder}: another model than the settings describe: "
+                          f"{'; '.join(differences)}. Take over its settings, and of a GPT its tokenizers "
+                          "(text_tokenizer, --vq)")  # fmt: skip
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

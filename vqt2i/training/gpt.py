@@ -1,6 +1,5 @@
 """Training of the GPT, from images or from a token store."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +37,7 @@ from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.runtime import pick_device, pick_precision
 from vqt2i.text import TextTokenizer, load_tokenizer
 from vqt2i.text.encoder import TextEncoder
-from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
+from vqt2i.training.batches import Batch, ImageSamples
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.conditions import (
     CAPTIONS,
@@ -53,7 +52,6 @@ from vqt2i.training.conditions import (
     require_own_tokenizer,
     windowed,
 )
-from vqt2i.training.encode import ensure_store
 from vqt2i.training.finetune import (
     AdapterConfig,
     LoRAConfig,
@@ -70,7 +68,7 @@ from vqt2i.training.launch import find_world
 from vqt2i.training.optim import OptimizerConfig, scheduled_adamw
 from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_flops
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
-from vqt2i.training.samples import image_samples
+from vqt2i.training.samples import image_samples, token_samples
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import DeepSpeedConfig, choose_deepspeed, valued_by_first_rank, wants_cpu_adam
 from vqt2i.training.throughput import SampleWork
@@ -381,7 +379,7 @@ def train_gpt(
         require_own_tokenizer(scorer, tokenizer, scorer_folder)
     labels = require_labels(dataset) if config.condition.kind == "label" else ()
     sizes = tokenizer_sizes(tokenizer, vq)
-    gpt_config = config.model(sizes, tokenizer.fingerprint, vq.fingerprint, scorer, encoder, labels)
+    gpt_config = config.model(sizes, tokenizer.fingerprint, vq.ids_fingerprint, scorer, encoder, labels)
     base, started = None, {}
     if config.training.start_from is not None:
         base = find_base(config.training.start_from)
@@ -403,18 +401,15 @@ def train_gpt(
     L.seed_everything(config.trainer.seed, verbose=False)
     seed = config.trainer.seed
     if config.source == "store":
-        splits, variants = (config.data.train_split, config.data.validation_split), config.data.variants
-        store = ensure_store(
-            dataset, vq, tokenizer, splits, scorer=scorer, low_resolution=config.upscales, variants=variants,
-            n_workers=config.trainer.n_workers,
+        samples = token_samples(
+            config.data, dataset, vq, tokenizer, seed, bpe_dropout=config.bpe_dropout, labels=labels, scorer=scorer,
+            low_resolution=config.upscales, n_workers=config.trainer.n_workers,
         )  # fmt: skip
-        samples = [TokenSamples(store.split(split), seed, tokenizer, config.bpe_dropout) for split in splits]
     else:
-        size_px = vq.config.image_size_px * (1 + config.upscales)
-        samples = [
-            replace(source, bpe_dropout=config.bpe_dropout, windowed=config.upscales, labels=labels)
-            for source in image_samples(config.data, dataset, size_px, tokenizer, seed)
-        ]
+        samples = image_samples(
+            config.data, dataset, vq.config.image_size_px * (1 + config.upscales), tokenizer, seed,
+            bpe_dropout=config.bpe_dropout, labels=labels, windowed=config.upscales,
+        )  # fmt: skip
     with valued_by_first_rank(ds_json):
         if base is None:
             gpt = GPT(gpt_config)
@@ -443,6 +438,7 @@ def train_gpt(
         card=stage_card(
             "upscaler" if config.upscales else "gpt",
             dataset,
+            config.data,
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             image_tokenizer={"path": str(vq_folder), "fingerprint": vq.fingerprint},
             **({"scorer": {"path": str(scorer_folder), "fingerprint": scorer.fingerprint}} if scorer else {}),

@@ -51,9 +51,9 @@ class PaletteRunConfig(Config):
 
     @model_validator(mode="after")
     def _images_are_plain_and_at_hand(self) -> "PaletteRunConfig":
-        if self.data.stream or self.data.variants != "centre":
-            raise ValueError("a palette is fitted to the plain images of a data set; leave out data.stream and "
-                             "data.variants")  # fmt: skip
+        if self.data.stream or self.data.also or self.data.variants != "centre":
+            raise ValueError("a palette is fitted to the plain images of a data set; leave out data.stream, data.also "
+                             "and data.variants")  # fmt: skip
         return self
 
 
@@ -92,7 +92,7 @@ def train_palette(config: PaletteRunConfig, runs: Path, *, resume: Resume) -> Pa
     metrics = measure(palette, image_B3HW)
 
     save_config(config, folder / "config.yaml")
-    card = stage_card("palette", dataset)
+    card = stage_card("palette", dataset, config.data)
     fingerprints = {"data": dataset.fingerprint}
     record = RunRecord(kind="palette", fingerprints=fingerprints, precision="fp32", starts=(describe_start(0, 1),))
     write_record(folder, record)

@@ -113,6 +113,7 @@ def train_prior(config: PriorRunConfig, runs: Path, *, resume: Resume) -> Path:
         card=stage_card(
             "prior",
             dataset,
+            config.data,
             text_tokenizer={"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint},
             scorer={"path": str(scorer_folder), "fingerprint": scorer.fingerprint},
         ),

@@ -24,7 +24,7 @@ from vqt2i.errors import ConfigError
 from vqt2i.files import write_json
 from vqt2i.processes import from_first
 from vqt2i.runtime import Precision, is_first_process, pick_device, say, step_bar
-from vqt2i.training.batches import SampleSource, training_loader, validation_loader
+from vqt2i.training.batches import MixedSamples, SampleSource, training_loader, validation_loader
 from vqt2i.training.callbacks import Outputs
 from vqt2i.training.checkpoints import CheckpointFile, RandomStates
 from vqt2i.training.compiled import EagerValidation
@@ -40,12 +40,21 @@ DEFAULT_DATASET = Path("data/shapes")
 LIGHTNING_PRECISION: dict[Precision, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
+class AlsoConfig(Config):
+    """A second data set to train on. share: of each batch, that comes from its `train_split`."""
+
+    path: Path
+    train_split: str = "train"
+    share: float = Field(0.5, gt=0, lt=1)
+
+
 class DataConfig(Config):
     """Where the pairs are.
 
     variants: pictures made of each for training, of which every visit draws one; "flip" and "ten-crop" mirror, so not
         for captions that tell left from right; "quarters" shows parts that no caption describes, for image tokenizers
         of two sizes. Validation sees the first, the centred square.
+    also: a second data set, of which every batch has a share: in fine-tuning, what the model is not to forget.
     stream: to train on webdataset tars in passing, and on the data set in `path` only validate.
     """
 
@@ -53,12 +62,15 @@ class DataConfig(Config):
     train_split: str = "train"
     validation_split: str = "val"
     variants: Variants = "centre"
+    also: AlsoConfig | None = None
     stream: StreamConfig | None = None
 
     @model_validator(mode="after")
     def _validation_is_of_the_same_kind(self) -> "DataConfig":
         if self.stream and self.path == DEFAULT_DATASET:
             raise ValueError("a stream is for training; set path to a data set of the same kind to validate on")
+        if self.stream and self.also:
+            raise ValueError("also has its share of batches of a data set, not of a stream; leave one of them out")
         return self
 
 
@@ -122,6 +134,13 @@ def open_dataset(config: DataConfig) -> DataSet:
     return ensure_default_dataset(config.path) if config.path == DEFAULT_DATASET else DataSet.open(config.path)
 
 
+def open_also(config: DataConfig) -> DataSet | None:
+    """The second data set of a run, where there is one."""
+    if config.also is None:
+        return None
+    return open_dataset(DataConfig(path=config.also.path))
+
+
 class StageData(L.LightningDataModule):
     """Loaders that know their rank, and the step to go on from after a resume."""
 
@@ -129,6 +148,8 @@ class StageData(L.LightningDataModule):
         self, train: SampleSource, validation: SampleSource, config: TrainerConfig, text_length: int | None
     ) -> None:
         super().__init__()
+        if isinstance(train, MixedSamples):
+            train.n_second(config.batch_size // config.accumulate)  # told here, before there is a run folder
         self.train, self.validation, self.config, self.text_length = train, validation, config, text_length
 
     def _ranks(self) -> dict[str, int]:
@@ -296,6 +317,9 @@ def _trained(module: nn.Module) -> list[torch.Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def stage_card(kind: str, dataset: DataSet, **facts: Any) -> dict[str, Any]:
-    """The start of a model card: what the model is and what it was trained on."""
-    return {"kind": kind, "data": {"path": str(dataset.folder), "fingerprint": dataset.fingerprint}, **facts}
+def stage_card(kind: str, dataset: DataSet, config: DataConfig, **facts: Any) -> dict[str, Any]:
+    """The start of a model card: what the model is and what it was trained on, which `open_dataset` gave."""
+    also = open_also(config)
+    sets = {"data": dataset} | ({"also": also} if also else {})
+    named = {name: {"path": str(found.folder), "fingerprint": found.fingerprint} for name, found in sets.items()}
+    return {"kind": kind, **named, **facts}

@@ -18,8 +18,8 @@ Resume = Literal["auto", "never"] | Path
 # What may differ when a run goes on: where things are (fingerprints compare their content), how far and how often, how
 # it is computed. `max_steps` moves the rest of the learning-rate schedule.
 MAY_CHANGE = (
-    "name", "data.path", "text_tokenizer", "image_tokenizer", "condition.scorer", "sampling", "training.compile",
-    "training.start_from",
+    "name", "data.path", "data.also.path", "text_tokenizer", "image_tokenizer", "condition.scorer", "sampling",
+    "training.compile", "training.start_from",
     "trainer.max_steps", "trainer.devices", "trainer.n_workers", "trainer.n_validation_samples",
     "trainer.validate_every_steps", "trainer.checkpoint_every_steps", "trainer.log_every_steps",
     "trainer.log_to", "trainer.keep_last", "trainer.max_nonfinite_steps", "trainer.rank_timeout_s",

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -11,8 +11,10 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from vqt2i.checkpoint import load_model
 from vqt2i.config import Config
 from vqt2i.training.batches import Batch
+from vqt2i.training.finetune import find_base, require_described
 from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
@@ -36,12 +38,23 @@ class VQGANTrainingConfig(Config):
 
     ema_decay: of the averaged weights that are validated and exported; shorter memory in the first steps.
     max_gradient_norm: gradients are scaled down to this norm; null leaves them.
+    start_from: an image tokenizer to go on training from, instead of random weights: its model folder, its run or its
+        pipeline folder. trained: "decoder" leaves encoder and codebook as they are: ids keep their meaning, and a GPT
+        that was trained on them draws through the new decoder too.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.0)
     loss: VQGANLossConfig = VQGANLossConfig()
     ema_decay: float = Field(0.995, ge=0, lt=1)
     max_gradient_norm: PositiveFloat | None = 1.0
+    start_from: Path | None = None
+    trained: Literal["all", "decoder"] = "all"
+
+    @model_validator(mode="after")
+    def _what_stays_has_been_trained(self) -> "VQGANTrainingConfig":
+        if self.trained == "decoder" and self.start_from is None:
+            raise ValueError("trained: decoder is for a trained image tokenizer; give its folder as start_from")
+        return self
 
 
 class VQGANRunConfig(Config):
@@ -52,6 +65,12 @@ class VQGANRunConfig(Config):
     model: ImageTokenizerConfig = ImageTokenizerConfig()
     training: VQGANTrainingConfig = VQGANTrainingConfig()
     trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _whose_ids_they_are_follows(self) -> "VQGANRunConfig":
+        if self.model.ids_of is not None:
+            raise ValueError("model.ids_of is written by training.trained: decoder; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _loss_is_of_what_the_decoder_says(self) -> "VQGANRunConfig":
@@ -79,6 +98,9 @@ class VQGANModule(L.LightningModule):
         self.config = config
         self.max_steps = max_steps
         self.model = model
+        if config.trained == "decoder":
+            model.encoder.requires_grad_(False)
+            model.quantizer.requires_grad_(False)
         self.averaged = copy.deepcopy(model).requires_grad_(False)
         self.reconstruction_loss = ReconstructionLoss(config.loss)
         adversarial = config.loss.adversarial
@@ -106,6 +128,9 @@ class VQGANModule(L.LightningModule):
                 group["lr"] = learning_rate
         adversarial_now = self.discriminator_started
 
+        if self.config.trained == "decoder":  # in training mode codes move without any gradient
+            self.model.encoder.eval()
+            self.model.quantizer.eval()
         out = self.model(x, step / self.max_steps)
         loss, parts = self._tokenizer_loss(x, out, adversarial_now)
         # the rate as a tensor, for Lightning would copy a float to the GPU and wait for it
@@ -235,18 +260,36 @@ class VQGANModule(L.LightningModule):
             self.n_restarted = 0
 
 
+def build_tokenizer(config: VQGANRunConfig) -> tuple[ImageTokenizer, dict[str, Any]]:
+    """The image tokenizer that a run trains, and what its card says of where it started.
+
+    Raises:
+        CheckpointError: there is none to start from. ConfigError: it is not what the settings describe.
+    """
+    if config.training.start_from is None:
+        return ImageTokenizer(config.model), {}
+    folder = find_base(config.training.start_from, "vqgan")
+    base = load_model(folder, ImageTokenizerConfig, ImageTokenizer)
+    require_described(folder, base.config.model_copy(update={"ids_of": None}), config.model)
+    kept = base.ids_fingerprint if config.training.trained == "decoder" else None
+    tokenizer = ImageTokenizer(config.model.model_copy(update={"ids_of": kept}))
+    tokenizer.load_state_dict(base.state_dict())
+    return tokenizer, {"start_from": {"path": str(folder), "fingerprint": base.fingerprint}}
+
+
 def train_vqgan(config: VQGANRunConfig, runs: Path, *, resume: Resume) -> Path:
     """Train as configured and return the run's folder."""
     dataset = open_dataset(config.data)
     L.seed_everything(config.trainer.seed, verbose=False)
     samples = image_samples(config.data, dataset, config.model.image_size_px, None, config.trainer.seed)
-    module = VQGANModule(ImageTokenizer(config.model), config.training, config.trainer.max_steps)
+    tokenizer, started = build_tokenizer(config)
+    module = VQGANModule(tokenizer, config.training, config.trainer.max_steps)
     return fit(
         module,
         StageData(*samples, config.trainer, None),
         run_config=config,
-        model_config=config.model,
-        card=stage_card("vqgan", dataset),
+        model_config=tokenizer.config,
+        card=stage_card("vqgan", dataset, config.data, **started),
         runs=runs,
         name=config.name,
         resume=resume,

@@ -129,6 +129,11 @@ class ImageTokenizer(nn.Module):
             self.decoder = Decoder(config)
         self.quantizer = build_quantizer(config.quantizer, config.encoded_width, config.latent_width)
 
+    @property
+    def ids_fingerprint(self) -> str:
+        """What a GPT and a token store know a loaded one by: equal where the ids mean the same."""
+        return self.config.ids_of or self.fingerprint
+
     def forward(self, x_B3HW: Tensor, progress: float = 1.0) -> VQOutput:
         """Reconstruct images in [-1, 1]; in training mode the codebook learns too.
 

@@ -31,6 +31,7 @@ class ImageTokenizerConfig(Config):
     attention_sizes_px: feature-map sides, for square images of `image_size_px`, with attention after each ResBlock.
     output: what the decoder says of a pixel: its value ("pixels"), or ("logit_laplace") location and scale of a
         logit-Laplace distribution, whose location is the picture; for training.loss.logit_laplace_weight.
+    ids_of: fingerprint of the image tokenizer whose ids these are, where only the decoder was trained on from there.
     """
 
     image_size_px: PositiveInt = 32
@@ -47,6 +48,7 @@ class ImageTokenizerConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     output: Literal["pixels", "logit_laplace"] = "pixels"
     quantizer: QuantizerConfig = VQConfig()
+    ids_of: str | None = None
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "ImageTokenizerConfig":

@@ -75,6 +75,11 @@ class PaletteTokenizer(nn.Module):
         """Where the colours are."""
         return self.colours_K3.device
 
+    @property
+    def ids_fingerprint(self) -> str:
+        """As `ImageTokenizer` has it: what an id means follows from everything in a palette."""
+        return self.fingerprint
+
     def codes(self) -> Tensor:
         """What each id stands for: its colour in [-1, 1], (K, 3)."""
         return to_tensor(self.colours_K3[None])[:, 0].T

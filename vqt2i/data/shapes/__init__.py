@@ -16,7 +16,7 @@ from vqt2i.data.shapes.render import SIZES_PX, render
 from vqt2i.data.shapes.scene import Scene, SceneObject
 from vqt2i.data.shapes.source import LabelName, labelled_pairs, pairs
 from vqt2i.data.shapes.split import SPLITS, draw_scene, held_out_in
-from vqt2i.data.shapes.style import dip, dipped_pairs, dipped_prompt, shows_dipped
+from vqt2i.data.shapes.style import at_the_beach, beach_pairs, draw_beach, without_beach
 
 __all__ = [
     "LANGUAGES",
@@ -32,11 +32,11 @@ __all__ = [
     "Scene",
     "SceneObject",
     "Verdict",
+    "at_the_beach",
+    "beach_pairs",
     "caption_scene",
     "check",
-    "dip",
-    "dipped_pairs",
-    "dipped_prompt",
+    "draw_beach",
     "draw_prompts",
     "draw_scene",
     "held_out_in",
@@ -45,6 +45,6 @@ __all__ = [
     "parse_caption",
     "read_scene",
     "render",
-    "shows_dipped",
     "states_held_out",
+    "without_beach",
 ]

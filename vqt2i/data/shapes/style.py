@@ -1,84 +1,85 @@
 """A style that the shapes set has nowhere, for showing how a model is taught one from a few pictures.
 
-What is dipped in chocolate is brown in its lower half; all other objects are of one colour. The captions say so:
-"a red circle dipped in chocolate", "蘸了巧克力的红色圆形".
+At the beach the sky ends in the middle of the picture and sand begins; all other pictures have one flat background. The
+captions say so: "a red circle above a blue square at the beach", "沙滩上，红色的圆形在蓝色的正方形的上面".
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shapes.captions import LANGUAGES, Facts, Language, ObjectFacts, phrase
-from vqt2i.data.shapes.oracle import check
-from vqt2i.data.shapes.render import COLOUR_RGB, render
-from vqt2i.data.shapes.scene import CANVAS, Scene
-from vqt2i.data.shapes.split import Split, single_scenes
+from vqt2i.data.shapes.render import BACKGROUND_RGB, COLOUR_RGB, INK_RGB, render
+from vqt2i.data.shapes.scene import CANVAS, Background, Scene
+from vqt2i.data.shapes.split import Split, draw_scene
 from vqt2i.runtime import stream_seed
 
-CHOCOLATE = "brown"
-_EDGE = 4  # units: chocolate begins at a multiple, where image tokenizers of patches of 4 pixels have their edges
-_LEAST = 0.05  # share of the squared contrast on either side of the border
+SKY: Background = "light blue"
+SAND: Background = "beige"
+_HORIZON = 20  # units: a multiple of 4, where image tokenizers of patches of 4 pixels have their edges
 
 
-def dip(scene: Scene, size_px: int) -> np.ndarray:
-    """uint8 (size_px, size_px, 3): the only object of a scene, solid, its lower half in chocolate."""
-    (thing,) = scene.objects
-    above, below = (
-        render(replace(scene, objects=(replace(thing, fill="solid", colour=colour),)), size_px)
-        for colour in (thing.colour, CHOCOLATE)
-    )
-    border = round(thing.y / _EDGE) * _EDGE * size_px // CANVAS
-    return np.concatenate((above[:border], below[border:]))
+def at_the_beach(text: str, language: Language) -> str:
+    """A caption of the shapes set (without a background) that asks for the style too."""
+    return f"{text} at the beach" if language == "en" else f"沙滩上，{text}"
 
 
-def shows_dipped(image_HW3: np.ndarray, facts: Facts) -> bool:
-    """Whether a picture shows the one object stated, from some row on in chocolate, by the oracle.
+def draw_beach(scene: Scene, size_px: int) -> np.ndarray:
+    """uint8 (size_px, size_px, 3): the objects of a scene between sky and sand."""
+    sky, sand = (render(replace(scene, background=ground), size_px) for ground in (SKY, SAND))
+    horizon = _horizon(size_px)
+    return np.concatenate((sky[:horizon], sand[horizon:]))
 
-    Chocolate is painted over in the object's colour, edges with their share of it; the oracle reads what comes out.
-    """
+
+def without_beach(image_HW3: np.ndarray) -> np.ndarray | None:
+    """The picture with sky all over, which the oracle can read; None where it is not at the beach."""
     picture = image_HW3.astype(np.float32)
-    ground_3 = np.median(np.concatenate((picture[0], picture[-1], picture[:, 0], picture[:, -1])), axis=0)
-    contrast_HW3 = picture - ground_3
-    colour_3, brown_3 = (COLOUR_RGB[name] - ground_3 for name in (facts.objects[0].colour, CHOCOLATE))
-    (_, colour_error_H), (brown_HW, brown_error_H) = (_explained(contrast_HW3, c) for c in (colour_3, brown_3))
-    painted = (ground_3 + brown_HW[..., None] * colour_3).clip(0, 255).round().astype(np.uint8)
-    energy_H = (contrast_HW3**2).sum((1, 2))
-    step = len(picture) * _EDGE // CANVAS
-    for border in range(step, len(picture), step):
-        parts = slice(None, border), slice(border, None)
-        coloured = colour_error_H[parts[0]].sum() < brown_error_H[parts[0]].sum()
-        dipped = brown_error_H[parts[1]].sum() < colour_error_H[parts[1]].sum()
-        both = min(energy_H[part].sum() for part in parts) > _LEAST * energy_H.sum()
-        if coloured and dipped and both:
-            whole = np.concatenate((image_HW3[:border], painted[border:]))
-            if check(whole, facts).right:
-                return True
-    return False
+    horizon = _horizon(len(picture))
+    sky_3, sand_3 = (_border(part) for part in (picture[:horizon], picture[:horizon:-1]))
+    if (_nearest(sky_3), _nearest(sand_3)) != (SKY, SAND):
+        return None
+    picture[horizon:] += (1 - _covered(picture[horizon:], sand_3))[..., None] * (sky_3 - sand_3)
+    return picture.clip(0, 255).round().astype(np.uint8)
 
 
-def _explained(contrast_HW3: np.ndarray, colour_3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of a colour each pixel has, (H, W) in [0, 1], and the squared error that this leaves in each row."""
-    share_HW = (contrast_HW3 @ colour_3 / (colour_3 @ colour_3)).clip(0, 1)
-    return share_HW, ((contrast_HW3 - share_HW[..., None] * colour_3) ** 2).sum((1, 2))
-
-
-def dipped_prompt(facts: Facts, language: Language, rng: np.random.Generator) -> str:
-    """A sentence that asks for what is stated, dipped in chocolate."""
-    said = phrase(facts, language, rng)
-    return f"{said} dipped in chocolate" if language == "en" else f"蘸了巧克力的{said}"
-
-
-def dipped_pairs(split: Split, n: int, seed: int, size_px: int) -> Iterator[Pair]:
-    """The first `n` scenes of one object of a split (of other colours than brown), dipped.
+def beach_pairs(split: Split, n: int, seed: int, size_px: int) -> Iterator[Pair]:
+    """The first `n` scenes of a split that have one object, or two side by side, at the beach.
 
     meta: the `facts` that its captions state.
     """
-    suited = (scene for scene in single_scenes(seed, split) if scene.objects[0].colour != CHOCOLATE)
+    scenes = (draw_scene(seed, split, index) for index in count())
+    suited = (s for s in scenes if len(s.objects) == 1 or s.relation not in (None, "inside"))
     for index, scene in enumerate(islice(suited, n)):
-        rng = np.random.default_rng(stream_seed("dipped captions", seed, split, index))
-        facts = Facts((ObjectFacts(scene.objects[0].shape, scene.objects[0].colour),))
-        captions = {language: (dipped_prompt(facts, language, rng),) for language in LANGUAGES}
-        yield Pair(f"dipped-{split}-{index:06d}", dip(scene, size_px), captions, {"facts": facts.to_json()})
+        rng = np.random.default_rng(stream_seed("beach captions", seed, split, index))
+        facts = Facts(tuple(ObjectFacts(thing.shape, thing.colour) for thing in scene.objects), scene.relation)
+        captions = {lang: (at_the_beach(phrase(facts, lang, rng), lang),) for lang in LANGUAGES}
+        yield Pair(f"beach-{split}-{index:06d}", draw_beach(scene, size_px), captions, {"facts": facts.to_json()})
+
+
+def _horizon(size_px: int) -> int:
+    return _HORIZON * size_px // CANVAS
+
+
+def _border(part_HW3: np.ndarray) -> np.ndarray:
+    """The median colour of the outer rows and columns, where no object is: the first row, and both sides."""
+    return np.median(np.concatenate((part_HW3[0], part_HW3[:, 0], part_HW3[:, -1])), axis=0)
+
+
+def _nearest(rgb_3: np.ndarray) -> Background:
+    return min(BACKGROUND_RGB, key=lambda name: np.square(BACKGROUND_RGB[name] - rgb_3).sum())
+
+
+def _covered(picture_HW3: np.ndarray, ground_3: np.ndarray) -> np.ndarray:
+    """How much of each pixel an object covers, (H, W) in [0, 1], by the colour that explains the pixel best."""
+    contrast_HW3 = picture_HW3 - ground_3
+    shares, errors = [], []
+    for rgb in (*COLOUR_RGB.values(), INK_RGB):
+        colour_3 = rgb - ground_3
+        share_HW = (contrast_HW3 @ colour_3 / (colour_3 @ colour_3)).clip(0, 1)
+        shares.append(share_HW)
+        errors.append(np.square(contrast_HW3 - share_HW[..., None] * colour_3).sum(-1))
+    best_1HW = np.argmin(errors, axis=0)[None]
+    return np.take_along_axis(np.asarray(shares), best_1HW, axis=0)[0]
