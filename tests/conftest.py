@@ -55,6 +55,9 @@ GPT_KINDS = {
     "learned": {"positions": "learned"},
     "minDALL-E": {"positions": "raster", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu"})},
     "CogView": {"positions": "sequence", "transformer": WIDE.model_copy(update=COGVIEW)},
+    "CogView's marks": {
+        "positions": "sequence", "transformer": WIDE.model_copy(update=COGVIEW), "image_marks": "paired",
+    },
     "DALL-E": {
         "positions": "learned", "transformer": WIDE.model_copy(update={"norm": "layer", "mlp": "gelu_quick"}),
         "sparsity": RowColumnConfig(conv_size=3), "padding": "learned",

@@ -40,7 +40,8 @@ def test_its_head_says_how_to_run_it_what_it_costs_and_what_it_scored(path: Path
         assert sum(line.startswith(start) and len(line) > len(start) + 3 for line in head) == 1
     command = shlex.split(next(line for line in head if line.startswith("# Run: ")).removeprefix("# Run: "))
     sampling = path.parent.name == "sampling"
-    verb = "generate" if sampling else f"train_{path.parent.name}"
+    verb = command[1].removeprefix("tools/").removesuffix(".py")
+    assert verb in ({"generate", "upscale"} if sampling else {f"train_{path.parent.name}"})
     assert command[:2] == ["python", f"tools/{verb}.py"]
     args = parser_of(verb).parse_args(command[2:])
     assert (ROOT / (args.sampling if sampling else args.config)).resolve() == path

@@ -7,6 +7,7 @@ Several are `weights-00001-of-00003.safetensors` and so on, beside an index as t
 
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,15 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index}: not an index of weights ({error}); copy it again") from None
 
 
-class Weights(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by their names, each read or made when it is asked for."""
+
+    @abstractmethod
+    def like(self, name: str) -> Tensor:
+        """One of that shape and dtype on the meta device; nothing is read."""
+
+
+class Weights(LazyTensors):
     """The tensors in some safetensors files, each read when it is asked for.
 
     Raises:
@@ -125,6 +135,9 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:  # a mapping's own makes the tensor to find out
+        return name in self._files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -133,3 +146,7 @@ class Weights(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
+
+    def like(self, name: str) -> Tensor:
+        dtype = DTYPES[self._files[name].get_slice(name).get_dtype()]
+        return torch.empty(self.shape(name), dtype=dtype, device="meta")

@@ -35,4 +35,5 @@ def test_pictures_of_the_training_set_are_told_from_others(tiny_dataset: DataSet
     moved = Nearest(np.roll(learned.index_N, 1), learned.rmse_N)
     (row,) = [row for row in memorisation_rows(texts, moved, train, None) if row.name == "own_picture"]
     assert row.value < 0.5
-    assert [row.name for row in memorisation_rows(["no caption"] * len(train), learned, train, None)] == ["nearest_rmse"]
+    strange = ["no caption"] * len(train)
+    assert [row.name for row in memorisation_rows(strange, learned, train, None)] == ["nearest_rmse"]

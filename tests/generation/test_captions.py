@@ -1,5 +1,6 @@
 """Texts from images: the cached search against all texts there are, one by one."""
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -27,10 +28,12 @@ def images(n: int = 3) -> Tensor:
 
 @torch.no_grad()
 def all_log_p(gpt: GPT, image_I: Tensor) -> dict[tuple[int, ...], float]:
-    """log p of every text and its EOT, from whole sequences."""
-    text = pad_texts(EVERY_TEXT, 3)
-    log_p = caption_log_probability(gpt, text, image_I.expand(len(EVERY_TEXT), -1)) * (text.n_ids_B + 1)
-    return {tuple(ids): float(value) for ids, value in zip(EVERY_TEXT, log_p, strict=True)}
+    """log p of every text and its EOT, from whole sequences; where nothing ends a text, of every one of 3 ids."""
+    texts = [ids for ids in EVERY_TEXT if len(ids) == 3 or not gpt.layout.has_pairs]
+    text = pad_texts(texts, 3)
+    n_scored_B = text.n_ids_B + (not gpt.layout.has_pairs)
+    log_p = caption_log_probability(gpt, text, image_I.expand(len(texts), -1)) * n_scored_B
+    return {tuple(ids): float(value) for ids, value in zip(texts, log_p, strict=True)}
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
@@ -120,6 +123,27 @@ def test_reranked_texts_are_in_the_order_of_both_directions(make_gpt, weight: fl
         assert both == sorted(both, reverse=True)
 
 
+def test_texts_that_nothing_ends_have_as_many_ids_as_are_asked_for(make_gpt) -> None:
+    gpt = make_gpt(image_marks="paired", text_length=30)
+    for how in (BeamConfig(n_beams=3), DrawConfig()):
+        find = partial(beam_search, n=2, config=how) if isinstance(how, BeamConfig) else partial(
+            draw_texts, n=2, config=how, seeds=[(i,) for i in range(3)]
+        )  # fmt: skip
+        assert {len(text.ids) for group in find(gpt, images()) for text in group} == {20}
+        find.keywords["config"] = how.model_copy(update={"n_ids": 4})
+        for image_I, group in zip(images(), find(gpt, images()), strict=True):
+            for text in group:
+                assert len(text.ids) == 4 and max(text.ids) < gpt.layout.eot
+                score = caption_log_probability(gpt, pad_texts([list(text.ids)], 30), image_I[None])
+                assert text.per_token == pytest.approx(float(score), rel=1e-4)
+
+
+def test_texts_that_end_have_no_length_to_ask_for(model_folders: Path) -> None:
+    pipeline = TextToImage.load(model_folders, "cpu")
+    with pytest.raises(PromptError, match="captions of 4 ids: this GPT says itself where a text ends"):
+        pipeline.caption([np.zeros((16, 16, 3), np.uint8)], how=BeamConfig(n_ids=4))
+
+
 def test_what_cannot_be_captioned_is_refused(model_folders: Path, tmp_path: Path) -> None:
     pipeline = TextToImage.load(model_folders, "cpu")
     picture = np.zeros((16, 16, 3), np.uint8)
@@ -143,4 +167,8 @@ def test_a_gpt_that_never_read_images_before_texts_is_refused(model_folders: Pat
     pipeline.gpt_folder = tmp_path / "gpt"
     with pytest.raises(CheckpointError, match=r"gpt: trained with training.reversed_share 0.*above 0"):
         pipeline.caption([np.zeros((16, 16, 3), np.uint8)])
+    for scorer in ("caption", "both"):
+        with pytest.raises(PromptError, match="predicts no text from an image; use the scorer 'clip'"):
+            pipeline.generate("a red square", rerank=2, scorer=scorer)
+    assert pipeline.default_scorer == "clip"
     require_reads_images(tmp_path, card | {"reversed_share": 0.15})  # what it was fine-tuned from did

@@ -52,6 +52,8 @@ KINDS = {
     "LlamaGen, label": {"condition": LabelCondition(n_labels=3), "positions": "rotary_image"},
     "unconditional": {"condition": LabelCondition(), "positions": "raster"},
     "CogView's super-resolution": LOW | {"positions": "sequence"},
+    "CogView's super-resolution, its marks": LOW | {"positions": "sequence", "image_marks": "paired"},
+    "low resolution, paired marks, learned padding": LOW | {"padding": "learned", "image_marks": "paired"},
     "low resolution, rotary": LOW,
     "low resolution, DALL-E's choices": LOW | {
         "positions": "learned", "padding": "learned", "sparsity": RowColumnConfig(conv_size=3),

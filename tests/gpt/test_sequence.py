@@ -174,6 +174,61 @@ def test_a_null_that_is_image_first_reads_the_image_as_the_reversed_order_does()
         assert part[::2].equal(other[::2])
 
 
+PAIRED = SequenceLayout(LAYOUT.config.model_copy(update={"image_marks": "paired"}))
+
+
+def test_paired_marks_by_hand() -> None:
+    assert PAIRED.n_ids == LAYOUT.n_ids and PAIRED.length == PAIRED.n_sequence_positions == LAYOUT.length + 1
+    forth, back = PAIRED.join(TEXT, IMAGE), PAIRED.join_reversed(TEXT, IMAGE)
+    before = LAYOUT.join(TEXT, IMAGE)
+    assert all(torch.equal(part[:, :-1], other) for part, other in zip(forth[:3], before[:3], strict=True))
+    assert forth.ids_BL[:, -1].tolist() == [I2T] * 3
+    assert back.ids_BL.tolist() == [
+        [EOT, BOI, 11, 16, 12, 13, I2T, BOT, 7, 8, PAD],
+        [EOT, BOI, 14, 14, 11, 15, I2T, BOT, PAD, PAD, PAD],
+        [EOT, BOI, 12, 11, 13, 16, I2T, BOT, 1, 2, 3],
+    ]
+    assert back.real_BL.tolist() == [[1] * 10 + [0], [1] * 8 + [0] * 3, [1] * 11]
+    image = [[0, 1, 1], [0, 1, 2], [0, 2, 1], [0, 2, 2]]
+    one = [[0, 0, 0]] * 2 + image + [[0, 0, 0]] * 2 + [[1, 0, 0], [2, 0, 0], [3, 0, 0]]
+    assert back.positions_BLA.tolist() == [one] * 3
+    for order, sequences in ((False, forth), (True, back)):
+        at = PAIRED.image_targets(reversed_order=order)
+        assert torch.equal(sequences.ids_BL[:, at.start + 1 : at.stop + 1], IMAGE + FIRST)
+    at = PAIRED.text_targets(reversed_order=True)
+    assert back.ids_BL[:, at.start + 1 : at.stop + 1].tolist() == [[7, 8, PAD], [PAD] * 3, [1, 2, 3]]
+    assert PAIRED.text_targets(reversed_order=False) == LAYOUT.text_targets(reversed_order=False)
+
+
+def test_a_second_image_has_marks_of_its_own_and_is_counted_from_them() -> None:
+    layout = SequenceLayout(PAIRED.config.model_copy(update={"grid_width": 4}), LowResolutionCondition())
+    b1, b2, b3 = layout.second_marks
+    assert layout.second_marks == (22, 23, 24) and layout.n_ids == LAYOUT.n_ids + 3
+    low, image = torch.tensor([[4, 0], [1, 1], [5, 3]]), torch.zeros(3, 8, dtype=torch.long)
+    whole = layout.low_resolution_prefix(TEXT, low).then(layout.image_part(image))
+    behind = [I2T, b1, b2, EOT, b3]
+    assert whole.ids_BL[:, :13].tolist() == [
+        [PAD, T2I, 7, 8, EOT, BOI, 15, 11, *behind],
+        [PAD, PAD, PAD, T2I, EOT, BOI, 12, 12, *behind],
+        [T2I, 1, 2, 3, EOT, BOI, 16, 14, *behind],
+    ]
+    assert (layout.prefix_length, layout.length, layout.n_sequence_positions) == (13, 21, 12)
+    again = [1, 2, 3, *range(4, 12)]  # the first of the marks has its place in the whole
+    assert layout.index_in_sequence(whole).tolist() == [
+        [0, *range(9), *again], [0, 0, 0, *range(7), *again], [*range(10), *again],
+    ]  # fmt: skip
+    part = layout.image_part(image[:, 3:5], 3)
+    assert layout.index_in_sequence(part, torch.tensor([99, 98, 97])).tolist() == [[7, 8]] * 3
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"padding": "bare"}, {"null_condition": "image_first"}, {"n_text_ids": 0, "text_length": 0}], ids=str
+)
+def test_paired_marks_stand_beside_those_of_texts(sizes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="image_marks paired: found"):
+        LayoutConfig(**PAIRED.config.model_dump() | sizes)
+
+
 @pytest.mark.parametrize(
     "sizes", [{"padding": "learned"}, {"padding": "bare"}, {"n_text_ids": 0, "text_length": 0}], ids=str
 )

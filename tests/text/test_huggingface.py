@@ -83,7 +83,10 @@ def test_what_is_none_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.
             find_clip_tokenizer(path)
         path.unlink()
     (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
-    for vocabulary, told in (({}, "no <|startoftext|> and <|endoftext|>"), ({START: 0, END: 1}, "out of vocabulary")):
+    for vocabulary, told in (
+        ({}, "no <|startoftext|> and <|endoftext|>"),
+        ({START: 0, END: 1}, "is not in the vocabulary"),
+    ):
         (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
         with pytest.raises(CheckpointError, match=re.escape(told)):
             find_clip_tokenizer(tmp_path)

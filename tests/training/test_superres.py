@@ -187,6 +187,20 @@ def test_the_newest_run_for_prompts_is_not_that_for_super_resolution(train, upsc
         open_upscaler(None, tmp_path, "cpu")
 
 
+def test_with_paired_marks_it_starts_from_a_gpt_of_texts_and_has_three_ids_more(make_gpt, tmp_path: Path) -> None:
+    base = make_gpt("sequence", grid_height=4, grid_width=4, image_marks="paired", padding="learned")
+    save_model(tmp_path / "base", base, base.config, {"kind": "gpt"})
+    started = load_base(tmp_path / "base", base.config.model_copy(update={"condition": LowResolutionCondition()}))
+    own, longer = base.state_dict(), {}
+    for name, value in started.state_dict().items():
+        n = min(len(value), len(own[name]))
+        longer[name] = len(value) - len(own[name])
+        assert torch.equal(value[:n], own[name][:n])
+    assert {name: n for name, n in longer.items() if n} == {
+        "embedding.weight": 3, "position_embeddings.0.weight": 20 - 25,  # of the second image, from its marks on
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("positions", ["rotary", "learned", "raster", "sequence"])
 def test_it_starts_from_a_gpt_of_texts_with_its_weights(positions: str, make_gpt, tmp_path: Path) -> None:
     base = make_gpt(positions, grid_height=4, grid_width=4)

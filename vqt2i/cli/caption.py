@@ -26,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
-    """--beams, --length-exponent, --text-weight, --no-rerank, --draw, --temperature, --top-p."""
+    """--beams, --length-exponent, --ids, --text-weight, --no-rerank, --draw, --temperature, --top-p."""
     parser.add_argument("--beams", type=int, metavar="K", help="beginnings kept by the search (default: 64)")
     parser.add_argument("--length-exponent", type=float, metavar="A", help="captions of n ids are compared by "
                         "log p / n^A; 0 prefers short ones (default: 0.5)")  # fmt: skip
+    parser.add_argument("--ids", type=int, metavar="N", help="of every caption, by a GPT that cannot end one, such as "
+                        "CogView's (default: 20)")  # fmt: skip
     parser.add_argument("--no-rerank", action="store_const", const=False, dest="caption_rerank", help="the search's "
                         "order: do not ask the GPT how well it would draw the picture from each")  # fmt: skip
     parser.add_argument("--text-weight", type=float, metavar="W", help="what the search finds is put in the order of "
@@ -63,7 +65,8 @@ def caption_config_from(args: argparse.Namespace) -> "BeamConfig | DrawConfig":
     if foreign:
         raise ConfigError(f"{', '.join(foreign)}: of {'a beam search' if args.draw else 'drawing'}, which "
                           f"{'--draw replaces' if args.draw else 'needs --draw'}")  # fmt: skip
-    return build_config(cls, {name: value for name, value in options[cls].items() if value is not None}, "caption")
+    values = options[cls] | {"n_ids": args.ids}
+    return build_config(cls, {name: value for name, value in values.items() if value is not None}, "caption")
 
 
 def run(args: argparse.Namespace) -> None:

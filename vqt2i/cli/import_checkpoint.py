@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vq", type=Path, metavar="DIR", help="of a GPT: its image tokenizer, imported before")
     parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="of a GPT that reads features of texts: the "
                         "encoder's local folder")  # fmt: skip
-    parser.add_argument("--text", type=Path, metavar="PATH", help="of a scorer: its tokenizer (default: the one beside "
-                        "the checkpoint)")  # fmt: skip
+    parser.add_argument("--text", type=Path, metavar="PATH", help="of a scorer or a GPT of texts: its tokenizer "
+                        "(default: the one beside the checkpoint)")  # fmt: skip
     parser.add_argument("--sampling", type=Path, metavar="FILE", help="of a GPT: the sampling defaults that its folder "
                         "says (default: its authors', configs/sampling/FAMILY.yaml)")  # fmt: skip
     parser.add_argument("--check", type=Path, metavar="IO", help="safetensors of recorded inputs and outputs, which "
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.family not in FAMILIES:
         raise UserError(f"family {args.family!r}: expected one of {', '.join(FAMILIES)}")
-    if args.sampling and FAMILIES[args.family].kind != "gpt":
+    if args.sampling and FAMILIES[args.family].kind not in ("gpt", "upscaler"):
         raise UserError(f"--sampling {args.sampling}: of a GPT, and {args.family} is none; leave it out")
     options, facts = Options(args.settings, args.image_size, args.vq, args.text_encoder, args.text), {}
     preset = REPOSITORY / "configs" / "sampling" / f"{args.family}.yaml"

@@ -37,7 +37,7 @@ class Judge:
 
     @classmethod
     def of(cls, pipeline: TextToImage) -> "Judge":
-        reads = pipeline.gpt.layout.has_both_orders
+        reads = pipeline.reads_images
         return cls(pipeline.text, pipeline.clip, pipeline.clip_text, *((pipeline.gpt, pipeline.vq) if reads else ()))
 
     @property

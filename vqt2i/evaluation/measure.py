@@ -385,7 +385,7 @@ class Evaluation:
         if pipeline.clip is not None:
             read = [pipeline.clip_text.encode(text)] * n
             steps["clip"] = lambda: clip_scores(pipeline.engine.clip(pipeline.clip), image_B3HW, read)
-        if pipeline.gpt.layout.has_both_orders:
+        if pipeline.reads_images:
             said = [pipeline.text.encode(text)] * n
             steps["caption"] = lambda: caption_scores(pipeline.engine.gpt(pipeline.gpt), ids_BHW, said)
         seconds = {name: min(_seconds(step) for _ in range(2)) / n for name, step in steps.items()}

@@ -25,6 +25,7 @@ from vqt2i.runtime import stream_seed
 from vqt2i.text import TextTokenizer
 from vqt2i.vq import AnyImageTokenizer
 
+CAPTION_LENGTH = 20  # where nothing ends a text: CogView's, in its published code
 ROWS_AT_ONCE = 256  # of ids; of whole sequences a quarter. Bounds the memory, changes no text
 
 
@@ -37,19 +38,22 @@ class BeamConfig(Config):
         asked how well it would draw the image from each (a noisy channel: Yu et al. 2017, arXiv 1611.02554, equ. 4).
     text_weight: w. Many beams and a rerank find texts that training has seen seldom or never: these are far down among
         the likeliest.
+    n_ids: of every text, where nothing ends one; null is `CAPTION_LENGTH`.
     """
 
     n_beams: PositiveInt = 64
     length_exponent: float = Field(0.5, ge=0, le=10)
     rerank: bool = True
     text_weight: float = Field(2.0, ge=0)
+    n_ids: PositiveInt | None = None
 
 
 class DrawConfig(Config):
-    """Texts drawn id by id. temperature divides logits. top_p: null keeps everything."""
+    """Texts drawn id by id. temperature divides logits. top_p: null keeps everything. n_ids: as in `BeamConfig`."""
 
     temperature: PositiveFloat = Field(1.0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
+    n_ids: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,17 @@ class ImageCaption:
 
 
 class Found(NamedTuple):
-    """A text's ids, log p(text | image) of them and EOT together, and log p(image | text) where it was asked for."""
+    """A text's ids, log p(text | image) of them and EOT together, how many these are (no EOT where nothing ends a
+    text), and log p(image | text) where it was asked for."""
 
     ids: tuple[int, ...]
     log_p: float
+    n_scored: int
     image_log_p: float | None = None
 
     @property
     def per_token(self) -> float:
-        return self.log_p / (len(self.ids) + 1)
+        return self.log_p / self.n_scored
 
 
 def require_reads_images(folder: Path, card: dict[str, Any]) -> None:
@@ -106,6 +112,8 @@ def caption_images(
     seed: int,
 ) -> list[list[ImageCaption]]:
     """See `TextToImage.caption`."""
+    if how.n_ids and not gpt.layout.has_pairs:
+        raise PromptError(f"captions of {how.n_ids} ids: this GPT says itself where a text ends; leave n_ids out")
     most = how.n_beams if isinstance(how, BeamConfig) else n
     if not 1 <= n <= most:
         raise PromptError(f"captions of an image: found {n}, expected 1 or more, and at most as many as beams "
@@ -144,11 +152,12 @@ def beam_search(gpt: GPT, image_BI: Tensor, n: int, config: BeamConfig) -> list[
     """The best `n` texts of each image, best first; with as many beams as there are texts, of all texts.
 
     At each length the `n_beams` likeliest beginnings go on. A text counts once EOT is behind it, and the search ends
-    when no beginning can come to a text that is better than the `n` best.
+    when no beginning can come to a text that is better than the `n` best. Where nothing ends a text, all have as many
+    ids.
     """
     layout, K = gpt.layout, config.n_beams
     logits_BV, cache = _read_images(gpt, image_BI, K)
-    B, S = len(image_BI), layout.config.text_length
+    B, S = len(image_BI), _longest(gpt, config)
     ids_BKS = image_BI.new_zeros(B, K, 0)
     log_p_BK = torch.full((B, K), -torch.inf, device=image_BI.device)
     log_p_BK[:, 0] = 0  # all beams begin alike: one of them stands for all
@@ -156,10 +165,10 @@ def beam_search(gpt: GPT, image_BI: Tensor, n: int, config: BeamConfig) -> list[
     logits_BKV = logits_BV.unflatten(0, (B, K))
     for length in range(S + 1):
         total_BKV = log_p_BK[..., None] + logits_BKV.float().log_softmax(-1)
-        ends_BK = total_BKV[..., layout.eot]
-        for row, texts in enumerate(done):
+        ends_BK = log_p_BK if layout.has_pairs else total_BKV[..., layout.eot]
+        for row, texts in enumerate(done if length == S or not layout.has_pairs else ()):
             real = zip(ids_BKS[row].tolist(), ends_BK[row].tolist(), strict=True)
-            texts += [Found(tuple(ids), log_p) for ids, log_p in real if log_p > -torch.inf]
+            texts += [_found(gpt, ids, log_p) for ids, log_p in real if log_p > -torch.inf]
             texts.sort(key=lambda found: -_value(found, config))
             del texts[n:]
         # all that follows has a smaller log p, divided by at most the length of the longest text
@@ -178,7 +187,17 @@ def beam_search(gpt: GPT, image_BI: Tensor, n: int, config: BeamConfig) -> list[
 
 
 def _value(found: Found, config: BeamConfig) -> float:
-    return found.log_p / (len(found.ids) + 1) ** config.length_exponent
+    return found.log_p / found.n_scored**config.length_exponent
+
+
+def _found(gpt: GPT, ids: Sequence[int], log_p: float) -> Found:
+    return Found(tuple(ids), log_p, len(ids) + (not gpt.layout.has_pairs))
+
+
+def _longest(gpt: GPT, config: BeamConfig | DrawConfig) -> int:
+    """Of texts, in ids; where nothing ends one, of all."""
+    longest = gpt.layout.config.text_length
+    return min(config.n_ids or CAPTION_LENGTH, longest) if gpt.layout.has_pairs else longest
 
 
 @torch.inference_mode()
@@ -187,7 +206,7 @@ def draw_texts(
 ) -> list[list[Found]]:
     """`n` texts of each image, likeliest first. A text depends on its image, its image's `seeds` and its number."""
     layout = gpt.layout
-    B, S = len(image_BI), layout.config.text_length
+    B, S = len(image_BI), _longest(gpt, config)
     uniform_RS = torch.from_numpy(np.stack([
         np.random.default_rng(stream_seed("caption", *seeds[b], k)).random(S) for b in range(B) for k in range(n)
     ])).to(image_BI.device)  # fmt: skip
@@ -195,20 +214,21 @@ def draw_texts(
     ids_RS = image_BI.new_zeros(B * n, 0)
     log_p_R = torch.zeros(B * n, device=image_BI.device)
     ended_R = torch.zeros(B * n, dtype=torch.bool, device=image_BI.device)
-    for length in range(S + 1):
+    for length in range(S + (not layout.has_pairs)):
         log_p_RV = logits_RV.float().log_softmax(-1)
+        choices_RV = log_p_RV[:, : layout.eot] if layout.has_pairs else log_p_RV
         if length < S:
-            id_R = pick(keep_likeliest(log_p_RV / config.temperature, None, config.top_p), uniform_RS[:, length])
+            id_R = pick(keep_likeliest(choices_RV / config.temperature, None, config.top_p), uniform_RS[:, length])
         else:
             id_R = torch.full_like(ids_RS[:, 0], layout.eot)
         log_p_R += log_p_RV.gather(1, id_R[:, None]).squeeze(1).masked_fill(ended_R, 0)
         id_R = id_R.masked_fill(ended_R, layout.eot)
         ended_R |= id_R == layout.eot
         ids_RS = torch.cat((ids_RS, id_R[:, None]), dim=1)
-        if ended_R.all():
+        if ended_R.all() or (layout.has_pairs and length + 1 == S):
             break
         logits_RV = gpt.step_text(id_R[:, None], cache)
-    rows = [Found(tuple(ids[: ids.index(layout.eot)]), log_p)
+    rows = [_found(gpt, ids[: ids.index(layout.eot)] if layout.eot in ids else ids, log_p)
             for ids, log_p in zip(ids_RS.tolist(), log_p_R.tolist(), strict=True)]  # fmt: skip
     groups = [rows[start : start + n] for start in range(0, B * n, n)]
     return [sorted(group, key=lambda found: -found.per_token) for group in groups]

@@ -71,22 +71,22 @@ class NativeGPT:
     def step(self, image_BL: Tensor, cache: BranchedCache, n_scored: int = 1) -> Tensor:
         """As `GPT.step`; the logits are fp32."""
         logits_BLV = torch.empty(len(image_BL), n_scored, self.layout.config.n_image_ids)
-        from_start = self._gpt.config.positions == "sequence"
         self._transformer.step(
-            self._operations, image_BL, cache, logits_BLV, cos_sin_LH=self._cos_sin_IH, from_start=from_start
-        )
+            self._operations, image_BL, cache, logits_BLV, cos_sin_LH=self._cos_sin_IH,
+            from_start=self.config.counts_from_start,
+        )  # fmt: skip
         return logits_BLV
 
     def read_on(self, part: Sequences, cache: BranchedCache) -> Tensor:
         """As `GPT.read_on` without masks, for parts that are alike in their positions."""
-        before_B = cache.n_before_B if self.config.positions == "sequence" else None
+        before_B = cache.n_before_B if self.config.counts_from_start else None
         x_BLD, cos_sin = self._gpt.embed(part, before_B)
         return self._transformer.read_on(self._blocks, x_BLD, cache, cos_sin)
 
     def _positions(self) -> tuple[Tensor | None, Tensor | None]:
         """Of each image token: cosines and sines, (I, H), or what is added to its embedding, (I, D)."""
         gpt = self._gpt
-        if gpt.config.positions == "sequence":
+        if gpt.config.counts_from_start:
             return None, gpt.position_embeddings[0].weight
         image = self.layout.image_part(torch.zeros(1, self.layout.image_length, dtype=torch.long))
         if gpt.config.turns:

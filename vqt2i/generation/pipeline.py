@@ -20,7 +20,14 @@ from vqt2i.config import load_config
 from vqt2i.data.images import GREY, to_tensor, to_uint8
 from vqt2i.errors import PromptError, ResourceError
 from vqt2i.generation.batches import Packer
-from vqt2i.generation.captions import BeamConfig, DrawConfig, ImageCaption, caption_images, require_reads_images
+from vqt2i.generation.captions import (
+    BeamConfig,
+    DrawConfig,
+    ImageCaption,
+    caption_images,
+    require_reads_images,
+    reversed_share_of,
+)
 from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.edit import Change, Paste, Vary, fit_grid, fix_kept, open_canvas, paste, pixels_of, varied_cells
 from vqt2i.generation.engine import Engine, EngineName, PrecisionName
@@ -200,9 +207,15 @@ class TextToImage:
         return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
     @property
+    def reads_images(self) -> bool:
+        """Whether the GPT was trained to predict texts from images, by its card where it has one."""
+        card = read_card(self.gpt_folder) if self.gpt_folder else {}
+        return self.gpt.layout.has_both_orders and reversed_share_of(card) != 0
+
+    @property
     def default_scorer(self) -> Scorer:
         """What ranks candidates where nothing else is said."""
-        if not self.gpt.layout.has_both_orders:
+        if not self.reads_images:
             return "clip"
         return "both" if self.clip else "caption"
 
@@ -291,11 +304,12 @@ class TextToImage:
         scorer = scorer or self.default_scorer
         if scorer not in get_args(Scorer):
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(Scorer))}")
-        if scored and scorer != "clip" and not self.gpt.layout.has_both_orders:
+        if scored and scorer != "clip" and not self.reads_images:
             raise PromptError(f"scorer {scorer!r}: this GPT predicts no text from an image; use the scorer 'clip'")
         if scored and scorer != "caption" and self.clip is None:
-            raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py, "
-                              "or use the scorer 'caption'")  # fmt: skip
+            or_else = ", or use the scorer 'caption'" if self.reads_images else " and give it by --clip"
+            raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; train one with tools/train_clip.py"
+                              f"{or_else}")  # fmt: skip
         sampling = sampling or self.config.sampling
         beside = self._beside(negative, mix, sampling)
         asked = _Asked(prompts, count, scorer if scored else None, sampling, *beside, mix, seed)
@@ -632,7 +646,7 @@ class TextToImage:
             raise PromptError(f"scorer: found {scorer!r}, expected one of {', '.join(get_args(EditScorer))}")
         if rerank and scorer in ("clip", "both") and self.clip is None:
             raise PromptError(f"scorer {scorer!r}: this pipeline has no CLIP; use the scorer 'likelihood' or 'caption'")
-        if rerank and scorer in ("caption", "both") and not self.gpt.layout.has_both_orders:
+        if rerank and scorer in ("caption", "both") and not self.reads_images:
             raise PromptError(f"scorer {scorer!r}: this GPT predicts no text from an image; use the scorer "
                               "'likelihood' or 'clip'")  # fmt: skip
         if pasted and pasted.feather_px < 0:
@@ -694,8 +708,9 @@ class TextToImage:
             scores["likelihood"] = torch.cat([
                 likelihood_scores(gpt, part, conditions[: len(part)]) for part in ids_BHW.split(ROWS_AT_ONCE)
             ])  # fmt: skip
-        if scorer != "likelihood":
-            scores |= self._score(self.default_scorer if scorer == "all" else scorer, image_B3HW, ids_BHW, prompt)
+        other = self.default_scorer if scorer == "all" else scorer
+        if other != "likelihood" and (other != "clip" or self.clip):  # "all" is what there is
+            scores |= self._score(other, image_B3HW, ids_BHW, prompt)
         if len(scores) > 1:
             scores[scorer] = combine(scores)
         return scores

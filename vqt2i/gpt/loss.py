@@ -57,16 +57,19 @@ def gpt_loss(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: 
     image_hidden = torch.cat((hidden[:n, image_at[True]], hidden[n:, image_at[False]]))
     image_nll, image_z = token_nll(gpt.image_logits(image_hidden), image_BI)
 
+    # in one row, for with paired marks one order has an EOT more
     text_at = {order: layout.text_targets(reversed_order=order) for order in (True, False)}
-    text_hidden = torch.cat((hidden[:n, text_at[True]], hidden[n:, text_at[False]]))
-    targets = torch.cat((_shifted(back.ids_BL, text_at[True]), _shifted(forth.ids_BL, text_at[False])))
+    text_hidden = torch.cat((hidden[:n, text_at[True]].flatten(0, 1), hidden[n:, text_at[False]].flatten(0, 1)))
+    target_pairs = (_shifted(back.ids_BL, text_at[True]), _shifted(forth.ids_BL, text_at[False]))
+    targets = torch.cat([ids.flatten() for ids in target_pairs])
     counts = targets <= layout.eot  # not for padding, nor for the mark behind left padding
-    text_nll, text_z = token_nll(gpt.text_logits(text_hidden), targets.clamp_max(layout.eot))
+    (text_nll,), (text_z,) = token_nll(gpt.text_logits(text_hidden[None]), targets[None].clamp_max(layout.eot))
+    m = target_pairs[0].numel()
 
     parts = {
         "image": _mean(image_nll[n:]),
-        "text": _mean(text_nll[n:], counts[n:]),
-        "text_from_image": _mean(text_nll[:n], counts[:n]),
+        "text": _mean(text_nll[m:], counts[m:]),
+        "text_from_image": _mean(text_nll[:m], counts[:m]),
         "image_unconditional": _mean(image_nll[:n]),
     }
     # each order weighs as much as its share of the rows
@@ -98,7 +101,8 @@ def _loss_in_one_order(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, we
 def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor, cache: BranchedCache | None = None) -> Tensor:
     """log p(text | image) in nats per token, EOT counted, (B,): the caption score of CogView (arXiv 2105.13290, §3.4).
 
-    Dividing by the length lets captions of different lengths be compared.
+    Dividing by the length lets captions of different lengths be compared. With paired marks there is no EOT, as in
+    CogView's own score.
 
     Args:
         cache: rows that have read the mark I2T and the first ids of the images; they read on. None reads it all.
@@ -106,14 +110,14 @@ def caption_log_probability(gpt: GPT, text: TextBatch, image_BI: Tensor, cache: 
     sequences = gpt.layout.join_reversed(text, image_BI)
     # behind the longest text is padding only, which nothing before it sees
     start = gpt.layout.text_targets(reversed_order=True).start
-    at = slice(start, start + int(text.n_ids_B.max()) + 1)
+    at = slice(start, start + max(1, int(text.n_ids_B.max()) + (not gpt.layout.has_pairs)))
     if cache is None:
         hidden = gpt(sequences.until(at.stop))[:, at]
     else:
         hidden = gpt.read_on(sequences.part(1 + cache.n_filled, at.stop), cache)[:, at.start - at.stop :]
     counts = _shifted(sequences.real_BL, at)
     nll, _ = token_nll(gpt.text_logits(hidden), _shifted(sequences.ids_BL, at).clamp_max(gpt.layout.eot))
-    return -(nll * counts).sum(1) / counts.sum(1)
+    return -(nll * counts).sum(1) / counts.sum(1).clamp_min(1)  # of nothing at all, 0
 
 
 def token_nll(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,11 @@ class GPTConfig(Config):
         """Whether positions turn queries and keys, and are not added to embeddings."""
         return self.positions in ("rotary", "rotary_image")
 
+    @property
+    def counts_from_start(self) -> bool:
+        """Whether the position of an image id depends on how much stands before the image."""
+        return self.positions == "sequence" and not self.sequence_layout.counts_anew
+
     @model_validator(mode="after")
     def _texts_have_sizes_and_nothing_else_has(self) -> GPTConfig:
         sizes = {"layout.n_text_ids": self.layout.n_text_ids, "layout.text_length": self.layout.text_length}
@@ -159,7 +164,7 @@ class GPT(nn.Module):
             sizes = {
                 "learned": (text_size, layout.grid_height + 1, layout.grid_width + 1),
                 "raster": (text_size, self.layout.image_length + 1),
-                "sequence": (self.layout.length,),
+                "sequence": (self.layout.n_sequence_positions,),
             }[config.positions]
             self.position_embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
         self.patterns = config.sparsity.patterns(config.transformer.n_layers)
@@ -288,7 +293,7 @@ class GPT(nn.Module):
         Args:
             masks_B1LK: for each layer what is seen of the rows' own positions, (1, 1, L, I); None is all before.
         """
-        before_B = cache.n_before_B if self.config.positions == "sequence" else None
+        before_B = cache.n_before_B if self.config.counts_from_start else None
         x_BLD, cos_sin = self.embed(part, before_B)
         return self.transformer(x_BLD, mask_B1LK=masks_B1LK, cos_sin=cos_sin, cache=cache)
 
@@ -331,8 +336,7 @@ class GPT(nn.Module):
         elif self.config.positions == "raster":
             indices = (sequences.positions_BLA[..., 0], self.layout.place_index(sequences) + 1)
         else:
-            index_BL = (sequences.real_BL.cumsum(1) - 1).clamp_min(0)
-            indices = (index_BL if n_before_B is None else index_BL + n_before_B[:, None],)
+            indices = (self.layout.index_in_sequence(sequences, n_before_B),)
         for table, index_BL in zip(self.position_embeddings, indices, strict=True):
             x_BLD = x_BLD + table(index_BL)
         return x_BLD, None

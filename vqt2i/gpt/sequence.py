@@ -38,6 +38,15 @@ id space, each where the upper left of the four that it stands for does, on a pl
 
     PAD … PAD T2I t₁ … tₙ EOT l₁ … l_M | BOI i₁ … i_I        l at (S + 2, 2 · row + 1, 2 · column + 1), rows from 0
 
+With paired marks there are two on each side of an image, as in the published code of CogView (Ding et al. 2021, arXiv
+2105.13290): EOT, which tells an image's size there, stands before BOI wherever it is, and I2T behind the image. Nothing
+ends a text that follows an image. A second image has marks of its own, B₁ B₂ B₃, and is counted from the first of
+them on again where positions are those of the sequence:
+
+    text → image    PAD … PAD T2I t₁ … tₙ EOT | BOI i₁ … i_I I2T
+    image → text    EOT BOI i₁ … i_I I2T BOT | t₁ … tₙ PAD … PAD
+    half → whole    PAD … PAD T2I t₁ … tₙ EOT BOI l₁ … l_M I2T B₁ B₂ EOT B₃ | i₁ … i_I
+
 B batch, S longest text, N vectors, M ids of low resolution, I image ids, L sequence, A axes, D the model's width
 """
 
@@ -104,7 +113,7 @@ class LayoutConfig(Config):
 
     n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned"; with
     "bare" it is learned and there are no marks.
-    null_condition: how a text of no ids is read.
+    null_condition: how a text of no ids is read. image_marks: how many stand on each side of an image.
     """
 
     n_text_ids: NonNegativeInt = 0
@@ -114,12 +123,23 @@ class LayoutConfig(Config):
     grid_width: PositiveInt
     padding: Literal["masked", "learned", "bare"] = "masked"
     null_condition: Literal["empty_text", "image_first"] = "empty_text"
+    image_marks: Literal["single", "paired"] = "single"
 
     @model_validator(mode="after")
     def _an_image_that_comes_first_has_no_padding(self) -> Self:
         if self.null_condition == "image_first" and (self.padding != "masked" or not self.text_length):
             raise ValueError(f"null_condition image_first: found {self.padding} padding of {self.text_length} text "
                              "ids; expected texts whose padding is masked")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _paired_marks_stand_beside_those_of_texts(self) -> Self:
+        if self.image_marks == "paired" and (
+            self.padding == "bare" or not self.text_length or self.null_condition == "image_first"
+        ):
+            raise ValueError(f"image_marks paired: found {self.padding} padding of {self.text_length} text ids, "
+                             f"null_condition {self.null_condition}; expected texts with marks, and empty_text"
+                             )  # fmt: skip
         return self
 
 
@@ -156,6 +176,16 @@ class SequenceLayout:
         return self.predicts_text and self.has_marks
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether two marks stand on each side of an image, and none behind a text that follows it."""
+        return self.config.image_marks == "paired"
+
+    @property
+    def counts_anew(self) -> bool:
+        """Whether positions of the sequence begin anew at a second image."""
+        return self.has_pairs and self.is_upscaling
+
+    @property
     def eot(self) -> int:
         return self.config.n_text_ids
 
@@ -184,6 +214,11 @@ class SequenceLayout:
         return self.pad + 4
 
     @property
+    def second_marks(self) -> tuple[int, ...]:
+        """B₁, B₂ and B₃ before a second image, the last of all ids."""
+        return tuple(range(self.n_ids - 3, self.n_ids)) if self.counts_anew else ()
+
+    @property
     def first_learned_pad(self) -> int:
         return self.pad + 5 if self.has_marks else self.pad
 
@@ -197,7 +232,8 @@ class SequenceLayout:
             return self.first_label_id + self.condition.n_labels + 1
         if isinstance(self.condition, VectorCondition):
             return self.n_targets
-        return self.first_learned_pad + (self.config.text_length if self.config.padding != "masked" else 0)
+        n_pads = self.config.text_length if self.config.padding != "masked" else 0
+        return self.first_learned_pad + n_pads + 3 * self.counts_anew
 
     @property
     def n_targets(self) -> int:
@@ -215,7 +251,7 @@ class SequenceLayout:
             return self.condition.n_vectors
         if not self.reads_text:
             return 1
-        return self.config.text_length + (3 if self.has_marks else 0) + self.low_length
+        return self.config.text_length + (3 if self.has_marks else 0) + self.low_length + 5 * self.counts_anew
 
     @property
     def low_length(self) -> int:
@@ -231,7 +267,14 @@ class SequenceLayout:
 
     @property
     def length(self) -> int:
-        return self.prefix_length + self.image_length
+        return self.prefix_length + self.image_length + (self.has_pairs and self.has_both_orders)
+
+    @property
+    def n_sequence_positions(self) -> int:
+        """How many `index_in_sequence` counts at most."""
+        if self.counts_anew:  # up to B₁, or from it on
+            return max(self.prefix_length - 3, 4 + self.image_length)
+        return self.length
 
     def text_prefix(self, text: TextBatch) -> Sequences:
         """PAD … T2I text EOT BOI, or a bare text: what stands before the image in the order text → image.
@@ -277,15 +320,24 @@ class SequenceLayout:
         return Sequences(torch.zeros_like(positions[..., 0]), positions, real_BN, vectors_BND)
 
     def low_resolution_prefix(self, text: TextBatch, low_BM: Tensor) -> Sequences:
-        """PAD … T2I text EOT, codes of low resolution, BOI: what stands before the image that is drawn from these."""
+        """PAD … T2I text EOT, codes of low resolution, BOI: what stands before the image that is drawn from these. With
+        paired marks BOI stands before the codes, and behind them I2T and the marks of a second image."""
         before = self.text_prefix(text)
-        boi = Sequences(*(t[:, -1:] for t in before[:3]))
         index, width = torch.arange(low_BM.shape[1], device=low_BM.device), self.config.grid_width // 2
         plane = torch.full_like(index, self.n_text_positions - 1)
         coordinates = torch.stack((plane, 2 * (index // width) + 1, 2 * (index % width) + 1), dim=-1)
         real = torch.ones_like(low_BM, dtype=torch.bool)
         low = Sequences(low_BM + self.first_image_id, coordinates.expand(*low_BM.shape, 3), real)
-        return before.until(-1).then(low).then(boi)
+        if not self.has_pairs:
+            return before.until(-1).then(low).then(self._marks(low_BM, self.boi))
+        first, second, last = self.second_marks
+        return before.then(low).then(self._marks(low_BM, self.i2t, first, second, self.eot, last))
+
+    def _marks(self, like_BL: Tensor, *ids: int) -> Sequences:
+        """These marks in every row."""
+        ids_BL = torch.cat([torch.full_like(like_BL[:, :1], id) for id in ids], dim=1)
+        positions = torch.zeros(*ids_BL.shape, 3, dtype=torch.long, device=like_BL.device)
+        return Sequences(ids_BL, positions, torch.ones_like(ids_BL, dtype=torch.bool))
 
     def label_prefix(self, label_B: Tensor) -> Sequences:
         """The id of each label, (B, 1); `n_labels` is the null."""
@@ -311,20 +363,35 @@ class SequenceLayout:
         """`place_index` of tokens of the image itself; -1 for those of low resolution too."""
         return torch.where(sequences.positions_BLA[..., 0] == 0, self.place_index(sequences), -1)
 
+    def index_in_sequence(self, sequences: Sequences, n_before_B: Tensor | None = None) -> Tensor:
+        """Number of each token in the whole, padding not counted, (B, L), from 0.
+
+        Args:
+            n_before_B: real positions before the first of these; None is none.
+        """
+        index_BL = (sequences.real_BL.cumsum(1) - 1).clamp_min(0)
+        if n_before_B is not None:
+            index_BL = index_BL + n_before_B[:, None]
+        if not self.counts_anew:
+            return index_BL
+        starts_BL = sequences.ids_BL == self.second_marks[0]
+        behind_BL = starts_BL.cumsum(1) - starts_BL.long()
+        index_BL = index_BL - behind_BL * (index_BL * starts_BL).sum(1, keepdim=True)
+        image_BL = self.image_index(sequences)
+        return torch.where(image_BL < 0, index_BL, image_BL + 4)  # behind the four marks
+
     def join(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """text → image, length `length`."""
-        return self.text_prefix(text).then(self.image_part(image_BI))
+        whole = self.text_prefix(text).then(self.image_part(image_BI))
+        return whole.then(self._marks(image_BI, self.i2t)) if self.has_pairs else whole
 
     def image_prefix(self, image_BI: Tensor) -> Sequences:
-        """I2T image BOT: what stands before the text in the order image → text."""
-        image = self.image_part(image_BI)
-        mark_B1 = torch.ones_like(image_BI[:, :1])
-        zero = torch.zeros_like(image.positions_BLA[:, :1])
-        return Sequences(
-            torch.cat((mark_B1 * self.i2t, image.ids_BL, mark_B1 * self.bot), dim=1),
-            torch.cat((zero, image.positions_BLA, zero), dim=1),
-            torch.cat((mark_B1.bool(), image.real_BL, mark_B1.bool()), dim=1),
-        )
+        """I2T image BOT, or with paired marks EOT BOI image I2T BOT: what stands before the text in the order
+        image → text."""
+        before = (self.eot, self.boi) if self.has_pairs else (self.i2t,)
+        behind = (self.i2t, self.bot) if self.has_pairs else (self.bot,)
+        image = self._marks(image_BI, *before).then(self.image_part(image_BI))
+        return image.then(self._marks(image_BI, *behind))
 
     def text_part(self, text_BL: Tensor, first: int = 0) -> Sequences:
         """Text ids or EOT, number `first` behind an image and those after it, with their positions."""
@@ -335,21 +402,23 @@ class SequenceLayout:
     def join_reversed(self, text: TextBatch, image_BI: Tensor) -> Sequences:
         """image → text, length `length`."""
         n_B1 = text.n_ids_B[:, None]
-        order_BL = torch.arange(self.config.text_length + 1, device=image_BI.device)[None].expand(len(image_BI), -1)
-        inner = F.pad(text.ids_BS, (0, 1))
-        ids = torch.where(order_BL < n_B1, inner, torch.where(order_BL == n_B1, self.eot, self.pad))
-        after = self.text_part(ids)._replace(real_BL=order_BL <= n_B1)
+        n_last_B1 = n_B1 - int(self.has_pairs)  # of EOT, or of the last id
+        length = self.config.text_length + (not self.has_pairs)
+        order_BL = torch.arange(length, device=image_BI.device)[None].expand(len(image_BI), -1)
+        inner = F.pad(text.ids_BS, (0, length - text.ids_BS.shape[1]))
+        ids = torch.where(order_BL < n_B1, inner, torch.where(order_BL <= n_last_B1, self.eot, self.pad))
+        after = self.text_part(ids)._replace(real_BL=order_BL <= n_last_B1)
         return self.image_prefix(image_BI).then(after)
 
     def text_targets(self, *, reversed_order: bool) -> slice:
         """Inputs at these indices predict the text and its EOT (S + 1 of them, padding included); of a bare text all
-        but its first id (S - 1 of them)."""
+        but its first id (S - 1 of them), of one that nothing ends all its ids."""
         if not self.has_marks:
             return slice(0, self.config.text_length - 1)
-        start = self.image_length + 1 if reversed_order else 0
-        return slice(start, start + self.config.text_length + 1)
+        start = self.image_length + (3 if self.has_pairs else 1) if reversed_order else 0
+        return slice(start, start + self.config.text_length + (not (self.has_pairs and reversed_order)))
 
     def image_targets(self, *, reversed_order: bool) -> slice:
         """Inputs at these indices predict the image ids (I of them)."""
-        start = 0 if reversed_order else self.prefix_length - 1
+        start = (1 if self.has_pairs else 0) if reversed_order else self.prefix_length - 1
         return slice(start, start + self.image_length)

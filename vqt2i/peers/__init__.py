@@ -1,8 +1,8 @@
 """Public checkpoints, opened: one importer per family, by the name that a user gives."""
 
 from vqt2i.peers.clip import CLIPFamily
-from vqt2i.peers.clipgen import ClipGenGPT, ClipGenVQ
-from vqt2i.peers.cogview import CogViewGPT, CogViewVQ
+from vqt2i.peers.clipgen import ClipGenCLIP, ClipGenGPT, ClipGenVQ
+from vqt2i.peers.cogview import CogViewCaption, CogViewGPT, CogViewSR, CogViewVQ
 from vqt2i.peers.family import Compared, Family, Options
 from vqt2i.peers.llamagen import LlamaGenC2I, LlamaGenT2I, LlamaGenVQ
 from vqt2i.peers.mindalle import MinDalleGPT, MinDalleVQ
@@ -23,6 +23,9 @@ FAMILIES: dict[str, Family] = {
         RuDalleGPT(),
         CogViewVQ(),
         CogViewGPT(),
+        CogViewCaption(),
+        CogViewSR(),
+        ClipGenCLIP(),
         ClipGenVQ(),
         ClipGenGPT(),
     )

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,9 +130,13 @@ HUGGING_FACE = Layout(
 
 
 class CLIPFamily(Family):
-    """Any of the layouts; models are exported in that of `transformers`."""
+    """Any of the layouts; models are exported in that of `transformers`.
+
+    is_openai: whether heads are 64 wide and GELU is quick, as in OpenAI's, where nothing says so.
+    """
 
     name = "clip"
+    is_openai: ClassVar[bool] = False
     kind = "clip"
     repository = "https://github.com/openai/CLIP"
     markers = OPENAI.markers
@@ -157,7 +161,7 @@ class CLIPFamily(Family):
         return any(set(layout.markers) <= tensors.keys() for layout in (OPENAI, HUGGING_FACE))
 
     def of(self, checkpoint: Checkpoint, options: Options) -> "CLIPFamily":
-        return CLIPFamily(OPENAI if OPENAI.names["class_token"] in checkpoint.tensors else HUGGING_FACE)
+        return type(self)(OPENAI if OPENAI.names["class_token"] in checkpoint.tensors else HUGGING_FACE)
 
     def config(self, checkpoint: Checkpoint, options: Options) -> CLIPConfig:
         try:
@@ -167,7 +171,10 @@ class CLIPFamily(Family):
 
     def _config(self, checkpoint: Checkpoint, options: Options) -> CLIPConfig:
         theirs, path, layout = checkpoint.tensors, checkpoint.path, self.layout
-        settings = (_openai_settings if layout is OPENAI else _hugging_face_settings)(checkpoint, options)
+        if layout is OPENAI:
+            settings = _openai_settings(checkpoint, options, is_openai=self.is_openai)
+        else:
+            settings = _hugging_face_settings(checkpoint, options)
         shapes = {ours: tuple(theirs[name].shape) for ours, name in layout.names.items()}
         tokenizer = _find_tokenizer(checkpoint, options)
         if tokenizer and (tokenizer.start, tokenizer.end) != settings.marks:
@@ -300,7 +307,7 @@ def _find_tokenizer(checkpoint: Checkpoint, options: Options) -> HuggingFaceToke
     return found
 
 
-def _openai_settings(checkpoint: Checkpoint, options: Options) -> Settings:
+def _openai_settings(checkpoint: Checkpoint, options: Options, *, is_openai: bool) -> Settings:
     """Of an OpenAI model, or by open_clip's file."""
     theirs, path = checkpoint.tensors, checkpoint.path
     n_ids, width = theirs[OPENAI.names["text_embedding.weight"]].shape
@@ -308,7 +315,7 @@ def _openai_settings(checkpoint: Checkpoint, options: Options) -> Settings:
     marks = n_ids - 2, n_ids - 1  # the end is found as the highest id
     file = options.settings or path.parent / OPEN_CLIP_SETTINGS
     if options.settings is None and not file.is_file():
-        if not set(OPENAI_ONLY) <= theirs.keys():
+        if not is_openai and not set(OPENAI_ONLY) <= theirs.keys():
             raise CheckpointError(f"{path}: nothing says how wide its heads are and which GELU it has, for there is no "
                                   f"{OPEN_CLIP_SETTINGS} beside it and no {OPENAI_ONLY[0]} in it, as OpenAI's have; "
                                   "give the former by --settings")  # fmt: skip

@@ -1,5 +1,5 @@
-"""CLIP-GEN (Wang et al. 2022, arXiv 2203.00386; github.com/HFAiLab/clip-gen): its VQGAN, and its GPT, which reads an
-embedding by CLIP ViT-B/32 before an image.
+"""CLIP-GEN (Wang et al. 2022, arXiv 2203.00386; github.com/HFAiLab/clip-gen): its VQGAN, its GPT, which reads an
+embedding by CLIP ViT-B/32 before an image, and that CLIP.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +14,7 @@ from vqt2i.config import build_config
 from vqt2i.errors import CheckpointError
 from vqt2i.gpt import GPT, GPTConfig, VectorBatch
 from vqt2i.peers.arguments import find_arguments
+from vqt2i.peers.clip import OPENAI, CLIPFamily
 from vqt2i.peers.family import Compared, Family, Options, compare_tokenizer, largest_difference
 from vqt2i.peers.gpts import (
     TOLERANCE,
@@ -30,6 +31,21 @@ from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 REPOSITORY = "https://github.com/HFAiLab/clip-gen"
 IMAGE_SIZE_PX = 256
+
+# ---- scorer ----------------------------------------------------------------------------------------------------------
+
+
+class ClipGenCLIP(CLIPFamily):
+    """OpenAI's weights by OpenAI's names, without the numbers that OpenAI's files have among them."""
+
+    name = "clip-gen-clip"
+    repository = REPOSITORY
+    project = None
+    is_openai = True
+
+    def recognises(self, tensors: Mapping[str, Tensor]) -> bool:
+        return set(OPENAI.markers) <= tensors.keys()
+
 
 # ---- image tokenizer -------------------------------------------------------------------------------------------------
 
@@ -54,6 +70,7 @@ class ClipGenVQ(Family):
 
     name = "clip-gen-vq"
     kind = "vqgan"
+    unused = ("settings", "vq", "text_encoder", "text")
     repository = REPOSITORY
     licence = "MIT"
     markers = (
@@ -135,6 +152,7 @@ class ClipGenGPT(Family):
 
     name = "clip-gen-gpt"
     kind = "gpt"
+    unused = ("image_size_px", "text")
     repository = REPOSITORY
     licence = "MIT"
     markers = ("pos_emb", "tok_emb.weight", "cond_proj.weight", "blocks.0.encoder.linear1.weight", "head.bias")

@@ -1,24 +1,36 @@
-"""CogView (Ding et al. 2021, arXiv 2105.13290): its VQ-VAE, and its GPT of texts and images.
+"""CogView (Ding et al. 2021, arXiv 2105.13290): its VQ-VAE, and its GPTs of texts and images.
 
-All ids are in one space there: image ids, text ids, 27 marks, and rows that fill up to a multiple of 128. A text and
-its image are [ROI1] text [BASE] [BOI1] image, where [BASE] tells the size of the grid: ours, mark by mark. Its marks
-for second images (super-resolution) and for images before texts have no places in ours.
+All ids are in one space there: image ids, text ids, 27 marks, and rows that fill up to a multiple of 128. [BASE] tells
+the size of an image's grid. As its code draws (generate_samples.py, generation/magnify.py), with our names:
+
+    text to image       [ROI1] text [BASE] [BOI1] image [EOI1]                      T2I text EOT BOI image I2T
+    captions            [BASE] [BOI1] image [EOI1] [ROI1] text                      EOT BOI image I2T BOT text
+    super-resolution    [ROI1] text [BASE] [BOI1] half [EOI1] [ROI2] [POS0] [BASE] [BOI2] image
 
 C channels, K codes, V ids
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqt2i.checkpoint import read_card
 from vqt2i.config import build_config
 from vqt2i.data.images import to_tensor
 from vqt2i.errors import CheckpointError
-from vqt2i.gpt import GPT, GPTConfig, Sequences
+from vqt2i.gpt import (
+    GPT,
+    ConditionConfig,
+    GPTConfig,
+    LowResolutionBatch,
+    LowResolutionCondition,
+    Sequences,
+    TextCondition,
+)
 from vqt2i.peers.arguments import find_arguments, require_same_arguments
 from vqt2i.peers.family import Compared, Family, Options, largest_difference, n_different
 from vqt2i.peers.gpts import (
@@ -28,6 +40,7 @@ from vqt2i.peers.gpts import (
     image_tokenizer_of,
     text_tokenizer_of,
 )
+from vqt2i.peers.parallel import Split, read_parts
 from vqt2i.peers.reading import Checkpoint, read_checkpoint
 from vqt2i.peers.table import Changed, Fill, Mixed, Table, prefixed, with_weights
 from vqt2i.peers.vqgan import count
@@ -47,6 +60,7 @@ class CogViewVQ(Family):
 
     name = "cogview-vq"
     kind = "vqgan"
+    unused = ("settings", "vq", "text_encoder", "text")
     repository = REPOSITORY
     licence = "Apache-2.0"
     markers = ("enc_b.blocks.0.weight", "quantize_t.embed", "dec.blocks.0.weight")
@@ -125,7 +139,8 @@ class CogViewVQ(Family):
 MARKS = ("PAD", "BOI1", "BOI2", "BOI3", "EOI1", "EOI2", "EOI3", "ROI1", "ROI2", "ROI3", "SEP", "MASK", "CLS", "ENC",
          "TINY", "SMALL", "BASE", "BIG", *(f"POS{i}" for i in range(9)))  # fmt: skip
 SIZES = {8: "TINY", 16: "SMALL", 32: "BASE", 64: "BIG"}  # of a grid, by its side
-OURS = ("PAD", "ROI1", "BOI1", "BOI1", "ROI1")  # what stands for PAD, T2I, I2T, BOI and BOT
+OURS = ("PAD", "ROI1", "EOI1", "BOI1", "ROI1")  # what stands for PAD, T2I, I2T, BOI and BOT
+SECOND = ("ROI2", "POS0", "BOI2")  # and for the marks of a second image
 ROWS = 128  # the vocabulary is filled up to a multiple
 N_HEADS = {(48, 2560): 40, (12, 1024): 16}  # by (layers, width), as in its scripts
 # LayerNorms there divide by an eighth of the largest number, ours by the largest
@@ -137,13 +152,29 @@ BLOCK = with_weights({
     "mlp_out_norm": "fourth_layernorm",
 })  # fmt: skip
 EMBEDDINGS, POSITIONS = "word_embeddings.weight", "transformer.position_embeddings.weight"
+# of a model in parts (mpu/layers.py): matrices that are divided by what comes out, or by what goes in
+DIVIDED = {
+    EMBEDDINGS: Split(0), ".query_key_value.weight": Split(0, 3), ".query_key_value.bias": Split(0, 3),
+    ".dense_h_to_4h.weight": Split(0), ".dense_h_to_4h.bias": Split(0), ".attention.dense.weight": Split(1),
+    ".dense_4h_to_h.weight": Split(1),
+}  # fmt: skip
+
+
+def split_of(name: str) -> Split | None:
+    """How a tensor is divided among parts, as `SplitOf`."""
+    return next((split for ending, split in DIVIDED.items() if name.endswith(ending)), None)
 
 
 class CogViewGPT(Family):
-    """Its matrix of embeddings is that of the head too; ours are two, which begin alike."""
+    """Text to image. Its matrix of embeddings is that of the head too; ours are two, which begin alike.
+
+    condition: what its images are drawn from.
+    """
 
     name = "cogview-gpt"
     kind = "gpt"
+    unused = ("image_size_px", "text_encoder")
+    condition: ClassVar[ConditionConfig] = TextCondition()
     repository = REPOSITORY
     licence = "Apache-2.0"
     markers = (
@@ -152,20 +183,18 @@ class CogViewGPT(Family):
     )  # fmt: skip
 
     def read(self, path: Path) -> Checkpoint:
-        """The file, or in the folder of a checkpoint that of its only part."""
-        if not path.is_dir():
-            return read_checkpoint(path)
-        files = sorted(path.glob("**/mp_rank_*_model_states.pt"))
-        if len(files) != 1:
-            raise CheckpointError(f"{path}: expected one mp_rank_00_model_states.pt in it, found {len(files)}; parts "
-                                  "of a model that lies on several devices are not joined here")  # fmt: skip
-        return read_checkpoint(files[0])
+        """The file, or in the folder of a checkpoint all parts that there are."""
+        return read_parts(path, split_of) if path.is_dir() else read_checkpoint(path)
 
     def config(self, checkpoint: Checkpoint, options: Options) -> GPTConfig:
         theirs, path = checkpoint.tensors, checkpoint.path
         arguments = find_arguments(path, options.settings)
         (n_rows, width), n_positions = theirs[EMBEDDINGS].shape, len(theirs[POSITIONS])
         n_layers = count(theirs, "transformer.layers.{}.input_layernorm.weight")
+        qkv = theirs.get("transformer.layers.0.attention.query_key_value.weight")
+        if qkv is not None and len(qkv) < 3 * width:
+            raise CheckpointError(f"{path}: one of {3 * width // max(1, len(qkv))} parts of a model; give the folder "
+                                  "with all of them")  # fmt: skip
         told = {"num_layers": n_layers, "hidden_size": width, "max_position_embeddings": n_positions}
         require_same_arguments(path, told, arguments)
         n_heads = arguments.get("num_attention_heads", N_HEADS.get((n_layers, width)))
@@ -177,7 +206,7 @@ class CogViewGPT(Family):
         text = text_tokenizer_of(path, options, arguments.get("txt_num_tokens"))
         n_text_ids = arguments.get("txt_num_tokens", text.n_ids)
         n_ids = vq.vocab_size + n_text_ids + len(MARKS)
-        text_length = n_positions - 3 - vq.n_image_ids
+        text_length = n_positions - 4 - vq.n_image_ids  # beside all marks
         if not n_ids <= n_rows < n_ids + 8 * ROWS:
             raise CheckpointError(f"{path}: has {n_rows:,} ids; {options.vq}, {options.text} and {len(MARKS)} marks "
                                   f"have {n_ids:,}; give the tokenizers of the model")  # fmt: skip
@@ -193,8 +222,9 @@ class CogViewGPT(Family):
             },
             "layout": {
                 "n_text_ids": n_text_ids, "n_image_ids": vq.vocab_size, "text_length": text_length,
-                "grid_height": vq.grid_height, "grid_width": vq.grid_width,
+                "grid_height": vq.grid_height, "grid_width": vq.grid_width, "image_marks": "paired",
             },
+            "condition": self.condition.model_dump(),
             "positions": "sequence",
             "text_tokenizer": text.fingerprint,
             "image_tokenizer": read_card(options.vq)["fingerprint"],
@@ -204,6 +234,8 @@ class CogViewGPT(Family):
     def table(self, config: GPTConfig) -> Table:
         scored, marks = their_ids(config)
         rows_V = torch.tensor([*scored, *marks])
+        layout = config.sequence_layout
+        n_positions = layout.config.text_length + 4 + layout.image_length
 
         def to_theirs(rows_VD: Tensor) -> tuple[Tensor]:
             n_ids = config.layout.n_text_ids + config.layout.n_image_ids + len(MARKS)
@@ -214,7 +246,11 @@ class CogViewGPT(Family):
         table: Table = {
             "embedding.weight": Mixed((EMBEDDINGS,), lambda rows: rows[rows_V.to(rows.device)], to_theirs),
             "head.weight": Mixed((EMBEDDINGS,), lambda rows: rows[rows_V[: len(scored)].to(rows.device)]),
-            "position_embeddings.0.weight": POSITIONS,
+            "position_embeddings.0.weight": Changed(
+                POSITIONS,
+                lambda rows: rows[: layout.n_sequence_positions],  # of two images, counted anew, fewer
+                lambda rows: F.pad(rows, (0, 0, 0, n_positions - len(rows))),
+            ),
         } | with_weights({"transformer.norm": "transformer.final_layernorm"})
         for layer in range(config.transformer.n_layers):
             table |= prefixed(f"transformer.blocks.{layer}.", f"transformer.layers.{layer}.", BLOCK)
@@ -250,11 +286,41 @@ class CogViewGPT(Family):
         whole = logits(read(io["tf_tokens"][0]), n_whole=5)
         expected = io["tf_logits_sep5_row0"][0, : len(whole)][:, scored]
         yield Compared("tf_logits_sep5_row0", largest_difference(whole, expected), TOLERANCE)
-        text, image_1I = parts_of(model, io["gen_tokens"].tolist())
+        text, image_1I = parts_of(model, io["gen_tokens"].tolist(), model.layout.image_length)
         drawn = image_logits(model, text, image_1I)[0]
         n_image_ids = model.config.layout.n_image_ids
         yield Compared("gen_logits", largest_difference(drawn, io["gen_logits"][:, :n_image_ids]), TOLERANCE)
         yield Compared("gen_tokens", n_different(drawn.argmax(-1), image_1I[0]), 0)
+
+
+class CogViewCaption(CogViewGPT):
+    """Fine-tuned for texts of images, which are scores of images for texts too. Nothing ends its texts."""
+
+    name = "cogview-caption"
+
+    def facts(self, config: GPTConfig, options: Options) -> dict[str, Any]:
+        return image_tokenizer_facts(config, options)
+
+
+class CogViewSR(CogViewGPT):
+    """Fine-tuned to draw a quarter of an image in twice its height and width."""
+
+    name = "cogview-sr"
+    kind = "upscaler"
+    condition = LowResolutionCondition()
+
+    def facts(self, config: GPTConfig, options: Options) -> dict[str, Any]:
+        return image_tokenizer_facts(config, options)
+
+    def compare(self, model: GPT, io: Mapping[str, Tensor]) -> Iterator[Compared]:
+        """Logits and greedy ids of a second image."""
+        ids, n_low = io["roi2_tokens"].tolist(), model.layout.low_length
+        text, low_1M = parts_of(model, ids, n_low)
+        image_1I = torch.tensor([ids[-len(io["roi2_logits"]) :]])
+        drawn = image_logits(model, LowResolutionBatch(text, low_1M), image_1I)[0]
+        expected = io["roi2_logits"][:, : model.layout.config.n_image_ids]
+        yield Compared("roi2_logits", largest_difference(drawn, expected), TOLERANCE)
+        yield Compared("roi2_tokens", n_different(drawn.argmax(-1), image_1I[0]), 0)
 
 
 def their_ids(config: GPTConfig) -> tuple[list[int], list[int]]:
@@ -262,18 +328,18 @@ def their_ids(config: GPTConfig) -> tuple[list[int], list[int]]:
     n_image, n_text = config.layout.n_image_ids, config.layout.n_text_ids
     mark = {name: n_image + n_text + i for i, name in enumerate(MARKS)}
     scored = [*range(n_image, n_image + n_text), mark[SIZES[config.layout.grid_height]], *range(n_image)]
-    return scored, [mark[name] for name in OURS]
+    return scored, [mark[name] for name in (*OURS, *(SECOND if config.sequence_layout.counts_anew else ()))]
 
 
-def parts_of(gpt: GPT, ids: list[int]) -> tuple[TextBatch, Tensor]:
-    """Text and image in their ids of the two."""
+def parts_of(gpt: GPT, ids: list[int], n: int) -> tuple[TextBatch, Tensor]:
+    """A text, and the `n` ids of the image behind it, in their ids."""
     layout = gpt.layout.config
     scored, _ = their_ids(gpt.config)
     end = ids.index(scored[layout.n_text_ids])
     text = [i - layout.n_image_ids for i in ids[1:end]]
-    return pad_texts([text], max(1, len(text))), torch.tensor([ids[end + 2 : end + 2 + gpt.layout.image_length]])
+    return pad_texts([text], max(1, len(text))), torch.tensor([ids[end + 2 : end + 2 + n]])
 
 
 def as_ours(gpt: GPT, ids: list[int]) -> Sequences:
     """Their ids of a text and an image as our sequence, without padding."""
-    return gpt.layout.join(*parts_of(gpt, ids))
+    return gpt.layout.join(*parts_of(gpt, ids, gpt.layout.image_length))

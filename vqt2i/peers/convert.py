@@ -93,9 +93,15 @@ def require_family(family: Family, checkpoint: Checkpoint) -> None:
 def card_of(family: Family, checkpoint: Checkpoint) -> dict[str, Any]:
     """Where a model comes from."""
     source: dict[str, Any] = {"family": family.name, "repository": family.repository, "file": checkpoint.path.name}
-    if checkpoint.path.is_file():
-        source |= {"bytes": checkpoint.path.stat().st_size, "sha256": sha256_of_file(checkpoint.path)}
+    if checkpoint.parts:
+        source["parts"] = [{"file": path.name, **_size_of(path)} for path in checkpoint.parts]
+    elif checkpoint.path.is_file():
+        source |= _size_of(checkpoint.path)
     return {"kind": family.kind, "licence": family.licence, "source": source}
+
+
+def _size_of(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def read_io(path: Path) -> dict[str, torch.Tensor]:

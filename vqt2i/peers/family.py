@@ -15,10 +15,11 @@ from vqt2i.peers.reading import Checkpoint, read_checkpoint
 from vqt2i.peers.table import Table
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
-Kind = Literal["vqgan", "gpt", "clip"]
+Kind = Literal["vqgan", "gpt", "upscaler", "clip"]
 MODELS: dict[Kind, tuple[type[Config], type[nn.Module]]] = {
     "vqgan": (ImageTokenizerConfig, ImageTokenizer),
     "gpt": (GPTConfig, GPT),
+    "upscaler": (GPTConfig, GPT),
     "clip": (CLIPConfig, CLIP),
 }
 

@@ -93,6 +93,7 @@ class MinDalleGPT(Family):
 
     name = "mindalle-gpt"
     kind = "gpt"
+    unused = ("image_size_px", "text_encoder")
     repository = REPOSITORY
     licence = "CC-BY-NC-SA-4.0"
     markers = (

@@ -47,11 +47,12 @@ class Inert(dict):
 
 
 class Checkpoint(NamedTuple):
-    """The tensors of a file by their names, and what else is in it."""
+    """The tensors of a file by their names, and what else is in it. parts: the files of one that lies in several."""
 
     path: Path
     tensors: Mapping[str, Tensor]
     rest: Mapping[str, Any]
+    parts: tuple[Path, ...] = ()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

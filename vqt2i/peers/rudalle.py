@@ -52,6 +52,7 @@ class RuDalleGPT(Family):
 
     name = "rudalle-gpt"
     kind = "gpt"
+    unused = ("image_size_px", "text_encoder")
     repository = "https://github.com/ai-forever/ru-dalle"
     licence = "Apache-2.0"
     markers = (

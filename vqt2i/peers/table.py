@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vqt2i.errors import CheckpointError
-from vqt2i.weights import Later
+from vqt2i.weights import Later, LazyTensors
 
 MOST_TOLD = 6  # names in an error
 
@@ -170,7 +170,7 @@ def _make(row: Row, parts: list[Tensor], wanted: Tensor) -> Tensor:
 
 def _made(row: Row, theirs: Mapping[str, Tensor], wanted: Tensor) -> tuple[int, ...] | str:
     """The shape of what comes out, or what is there if nothing can."""
-    parts = [theirs[name].to("meta") for name in _names(row)]
+    parts = [_like(theirs, name) for name in _names(row)]
     told = " and ".join(str(tuple(part.shape)) for part in parts)
     if isinstance(row, Joined) and row.rows and [len(part) for part in parts] != list(row.rows):
         return told
@@ -181,9 +181,13 @@ def _made(row: Row, theirs: Mapping[str, Tensor], wanted: Tensor) -> tuple[int, 
     return shape if shape == tuple(wanted.shape) else told
 
 
+def _like(theirs: Mapping[str, Tensor], name: str) -> Tensor:
+    return theirs.like(name) if isinstance(theirs, LazyTensors) else theirs[name].to("meta")
+
+
 def _later(row: Row, theirs: Mapping[str, Tensor], wanted: Tensor) -> Later:
     names = _names(row)
-    dtype = theirs[names[0]].dtype if names else wanted.dtype
+    dtype = _like(theirs, names[0]).dtype if names else wanted.dtype
     return Later(tuple(wanted.shape), dtype, partial(_read, row, names, theirs, wanted))
 
 

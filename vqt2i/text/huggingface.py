@@ -146,6 +146,7 @@ def find_character_tokenizer(folder: Path, *, special: str, unknown: str = "[UNK
     try:
         vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))
         merges = _merges(merges_file.read_text(encoding="utf-8").splitlines())
+        _require_known(merges, vocabulary)
         built = CharBPETokenizer(vocabulary, merges, unk_token=unknown, suffix=WORD_END, lowercase=True)
     except Exception as error:  # the library has none of its own
         raise CheckpointError(f"{folder}: not the tokenizer of a model ({error})") from None
@@ -168,6 +169,13 @@ def _merges(lines: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _require_known(merges: list[tuple[str, str]], vocabulary: dict[str, int]) -> None:
+    """Raises ValueError for a merge of words that are not there, of which the library dies."""
+    for pair in merges:
+        if unknown := [word for word in (*pair, "".join(pair)) if word not in vocabulary]:
+            raise ValueError(f"merges {' and '.join(pair)}, but {unknown[0]} is not in the vocabulary")
+
+
 def _built(merges: list[tuple[str, str]], vocabulary: dict[str, int] | None) -> bytes:
     """A `tokenizer.json` of merges; without a vocabulary, ids are in CLIP's order."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -178,6 +186,7 @@ def _built(merges: list[tuple[str, str]], vocabulary: dict[str, int] | None) -> 
         vocabulary = {word: i for i, word in enumerate(words)}
     if START not in vocabulary or END not in vocabulary:
         raise ValueError(f"no {START} and {END} in the vocabulary")  # they would be added to it
+    _require_known(merges, vocabulary)
     try:
         bpe = models.BPE(vocabulary, merges, unk_token=END, continuing_subword_prefix="", end_of_word_suffix=WORD_END)
     except Exception as error:  # the library has none of its own

@@ -1,10 +1,11 @@
 """Text tokenizers of the library youtokentome (github.com/VKCOM/YouTokenToMe): byte pair encoding
-(Sennrich et al. 2016, arXiv 1508.07909) of words that begin with ▁.
+(Sennrich et al. 2016, arXiv 1508.07909) of words that begin with ▁. Compared with the library: docs/checkpoints.md.
 
 A `.model` is text: how many characters and merges; on each line a code point and its id; on each line two ids and what
 they become; the ids of the marks for unknown, padding, begin and end.
 """
 
+import re
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from vqt2i.files import sha256_of_parts
 from vqt2i.text.tokenizer import clean_text
 
 SPACE = "\u2581"
+BETWEEN_WORDS = re.compile(f"[ \t\n\v\f\r{SPACE}]+")  # other spaces of Unicode are characters there
 
 
 class YouTokenToMe:
@@ -63,7 +65,7 @@ class YouTokenToMe:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text in lower case, as ruDALL-E reads it, between its marks. The empty text has no ids."""
-        words = clean_text(text).lower().replace(SPACE, " ").split()
+        words = [word for word in BETWEEN_WORDS.split(clean_text(text).lower()) if word]
         if not words:
             return []
         return [self.begin, *(i for word in words for i in self._encode_word(word)), self.finish]

@@ -95,11 +95,13 @@ def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
 
 @torch.no_grad()
 def _rebuilt(gpt: GPT, config: GPTConfig) -> GPT:
-    """The same weights in another GPT; of longer sequences the further rows of tables of positions are random."""
+    """The same weights in another GPT; further rows of its tables of positions and of ids are random, those that it has
+    no place for are left out."""
     other = GPT(config)
     own = other.state_dict()
     for name, value in gpt.state_dict().items():
-        own[name][: len(value)] = value
+        n = min(len(own[name]), len(value))
+        own[name][:n] = value[:n]
     return other
 
 

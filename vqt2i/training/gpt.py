@@ -118,11 +118,11 @@ class GPTRunConfig(Config):
     text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
         folder that is no palette, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are
         yet to be trained (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the
-        images once, "images" at every step. padding, null_condition: as in `LayoutConfig`. bpe_dropout: probability
-        that a merge of the text tokenizer, a BPE model, is left out when a caption is read for training (DALL·E: 0.1,
-        arXiv 2102.12092, §2.2).
+        images once, "images" at every step. padding, null_condition, image_marks: as in `LayoutConfig`. bpe_dropout:
+        probability that a merge of the text tokenizer, a BPE model, is left out when a caption is read for training
+        (DALL·E: 0.1, arXiv 2102.12092, §2.2).
     condition: what is read before an image. Without texts in it nothing else is said of texts: `text_tokenizer` is the
-        scorer's, and `text_length`, `padding`, `null_condition`, `bpe_dropout` stay as they are.
+        scorer's, and `text_length`, `padding`, `null_condition`, `image_marks`, `bpe_dropout` stay as they are.
     """
 
     name: str = "gpt"
@@ -134,6 +134,7 @@ class GPTRunConfig(Config):
     text_length: PositiveInt = 32
     padding: Literal["masked", "learned", "bare"] = "masked"
     null_condition: Literal["empty_text", "image_first"] = "empty_text"
+    image_marks: Literal["single", "paired"] = "single"
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
     transformer: TransformerConfig = TransformerConfig()
     positions: Positions = "rotary"
@@ -163,7 +164,8 @@ class GPTRunConfig(Config):
 
     @model_validator(mode="after")
     def _settings_of_texts_are_for_texts(self) -> "GPTRunConfig":
-        wrong = {name: getattr(self, name) for name in ("text_length", "padding", "null_condition", "bpe_dropout")}
+        of_texts = ("text_length", "padding", "null_condition", "image_marks", "bpe_dropout")
+        wrong = {name: getattr(self, name) for name in of_texts}
         wrong = {name: value for name, value in wrong.items() if value != type(self).model_fields[name].default}
         wrong |= {"training.reversed_share": share} if (share := self.training.reversed_share) else {}
         if self.upscales:
@@ -204,7 +206,7 @@ class GPTRunConfig(Config):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
         condition, reads_text = model_condition(self.condition, scorer, encoder, labels), self.reads_text
-        text = {name: getattr(self, name) for name in ("text_length", "padding", "null_condition")}
+        text = {name: getattr(self, name) for name in ("text_length", "padding", "null_condition", "image_marks")}
         text["n_text_ids"] = sizes.n_text_ids
         image = sizes.model_dump(exclude={"n_text_ids"})
         return GPTConfig(
