@@ -288,8 +288,10 @@ def control_group_rooms(membership: Path, root: Path) -> Iterator[int]:
     """
     for line in membership.read_text().splitlines() if membership.is_file() else ():
         _, controllers, path = line.split(":", 2)
-        names = {"": ("", "memory.max", "memory.current", "inactive_file "),
-                 "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")}
+        names = {
+            "": ("", "memory.max", "memory.current", "inactive_file "),
+            "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+        }
         if controllers not in names:
             continue
         top, limit, used, cached = names[controllers]

@@ -41,7 +41,11 @@ def test_reading_gives_what_was_written(tmp_path: Path) -> None:
     splits = {"train": make_pairs(7), "val": make_pairs(2, prefix="v")}
     data = write_dataset(tmp_path / "set", splits, shard_size=3, source={"kind": "test"})
     assert sorted(path.name for path in data.folder.iterdir()) == [
-        "data.json", "train-000000.tar", "train-000001.tar", "train-000002.tar", "val-000000.tar",
+        "data.json",
+        "train-000000.tar",
+        "train-000001.tar",
+        "train-000002.tar",
+        "val-000000.tar",
     ]
     assert (data.spec.image_size_px, data.languages, data.spec.source) == (8, ("en", "zh"), {"kind": "test"})
     for name, pairs in splits.items():

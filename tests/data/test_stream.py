@@ -218,9 +218,7 @@ def test_a_damaged_shard_ends_training_with_one_clear_line(tars: Path, n_workers
         batches(config_of(tars), 0, n_workers)
 
 
-def test_members_that_make_no_sample_are_told_and_passed_over(
-    tars: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_members_that_make_no_sample_are_told_and_passed_over(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tarfile.open(tars / "x-3.tar", "a") as tar:
         for name in ("README", "only.txt"):
             tar.addfile(tarfile.TarInfo(name))

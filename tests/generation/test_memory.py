@@ -164,9 +164,7 @@ def test_a_batch_that_ran_out_of_memory_is_drawn_again_by_halves(
         pipeline.candidates(["x"], 2)
 
 
-def test_parts_that_wait_on_the_cpu_come_only_to_work(
-    model_folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_that_wait_on_the_cpu_come_only_to_work(model_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = TextToImage.load(model_folders, "cpu", engine="plain")
     away = TextToImage.load(model_folders, "cpu", engine="plain", offload="always")
     assert plain.away == () and away.away == (away.vq, away.clip)

@@ -76,9 +76,7 @@ def test_the_grid_has_a_row_for_each_prompt(folder: OutputFolder, groups: list[l
     assert len(found) == 1 and found[0][0] > 2 * 128 and found[0][1] > 128
 
 
-def test_many_pictures_of_a_prompt_wrap_and_the_grid_stays_bounded(
-    groups: list[list[Sample]], tmp_path: Path
-) -> None:
+def test_many_pictures_of_a_prompt_wrap_and_the_grid_stays_bounded(groups: list[list[Sample]], tmp_path: Path) -> None:
     for n, size in ((17, (16 * 136 + 8, 16 + 2 * 144 + 16)), (300, (16 * 136 + 8, 16 + 8 * 144 + 16))):
         with OutputFolder(tmp_path / f"{n}", Request(["x"], n, {}, {})) as folder:
             folder.write((groups[0] * n)[:n])

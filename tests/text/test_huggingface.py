@@ -93,4 +93,3 @@ def test_what_is_none_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match=r"needs the library `tokenizers`; pip install 'vqt2i\[clip\]'"):
         find_clip_tokenizer(folder)
-

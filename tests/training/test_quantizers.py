@@ -96,9 +96,7 @@ def test_a_loss_of_what_the_decoder_does_not_say_is_refused(override: str, tiny_
 
 
 def test_diffusers_has_no_other_quantizer_than_vq():
-    config = ImageTokenizerConfig(
-        architecture="taming", patch_px=1, channels=(32, 32, 32), quantizer=QUANTIZERS["fsq"]
-    )
+    config = ImageTokenizerConfig(architecture="taming", patch_px=1, channels=(32, 32, 32), quantizer=QUANTIZERS["fsq"])
     with pytest.raises(ConfigError, match="a quantizer of kind 'vq'; found 'taming', \\[\\] and 'fsq'"):
         vq_model(config)
 

@@ -56,9 +56,7 @@ ZERO = {f"zero-{stage}": [f"deepspeed.zero_stage={stage}"] for stage in range(4)
 }
 
 
-def launch(
-    tmp_path: Path, overrides: dict[str, list[str]], deepspeed: bool, devices: int, job: str = "stages"
-) -> Path:
+def launch(tmp_path: Path, overrides: dict[str, list[str]], deepspeed: bool, devices: int, job: str = "stages") -> Path:
     """Train GPT and scorer in a process of its own, which starts its further ranks; returns their runs folder."""
     runs = tmp_path / "ranks"
     values = {stage: [*overrides[stage], *STEPS, f"trainer.devices={devices}"] for stage in ("gpt", "clip")}
@@ -306,9 +304,7 @@ def stop_after_three_steps(module: LightningModule, outputs: object, batch: obje
         raise InterruptedError
 
 
-def fill_the_disk_after_three_steps(
-    module: LightningModule, outputs: object, batch: object, batch_index: int
-) -> None:
+def fill_the_disk_after_three_steps(module: LightningModule, outputs: object, batch: object, batch_index: int) -> None:
     def save(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

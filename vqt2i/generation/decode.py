@@ -78,10 +78,7 @@ def decode_image_ids(
     else:
         size, decode = len(jobs), _decode_in_turn
     told = _Told(on_token, on_partial, on_passes, on_caption)
-    parts = [
-        decode(gpt, jobs[first : first + size], sampling, seed, told)
-        for first in range(0, len(jobs), size)
-    ]
+    parts = [decode(gpt, jobs[first : first + size], sampling, seed, told) for first in range(0, len(jobs), size)]
     layout = gpt.layout.config
     return torch.cat(parts).reshape(len(jobs), layout.grid_height, layout.grid_width)
 

@@ -20,9 +20,7 @@ from vqt2i.generation.rows import DRAWN, GuidedRows, Job, fixed_ids
 from vqt2i.generation.sampling import SamplingConfig, filter_logits, pick_by_weight
 
 
-def jacobi_passes(
-    rows: GuidedRows, job: Job, sampling: SamplingConfig, rng: np.random.Generator
-) -> Iterator[Tensor]:
+def jacobi_passes(rows: GuidedRows, job: Job, sampling: SamplingConfig, rng: np.random.Generator) -> Iterator[Tensor]:
     """Draw the tokens of one image; yields after each pass of the GPT those that are final, (1, tokens so far).
 
     A token that the job fixes is its own draft, of probability 1, so that the window reaches over it.

@@ -148,9 +148,7 @@ class StaticBranches:
             seen_LS = torch.arange(kv.shape[3], device=kv.device) <= slot_L[:, None]
         else:
             seen_LS = seen_LI[:, : kv.shape[3]]
-        return attention_after_prefix(
-            q_BNLH, *self.prefix_kv[layer], self.hidden_GP, *kv, seen_LS, relaxed=relaxed
-        )
+        return attention_after_prefix(q_BNLH, *self.prefix_kv[layer], self.hidden_GP, *kv, seen_LS, relaxed=relaxed)
 
     def advance(self, n: int) -> None:
         """Count `n` positions, stored by every layer, as valid."""

@@ -208,9 +208,7 @@ def fit(
     require_views(config.log_to)
     world, timeout = find_world(config.devices), timedelta(seconds=config.rank_timeout_s)
     start, precision = from_first(
-        lambda: begin_run(
-            runs, name, resume, run_config, card, device.type, n_devices=world.size, deepspeed=deepspeed
-        ),
+        lambda: begin_run(runs, name, resume, run_config, card, device.type, n_devices=world.size, deepspeed=deepspeed),
         timeout,
     )
     if deepspeed is not None and is_first_process():

@@ -132,9 +132,7 @@ def _facts_of(scene: Scene, rng: np.random.Generator, details: int) -> Facts:
     if len(scene.objects) == 3 and not alike and state_size:
         state_fill = False  # three full descriptions make a sentence that nobody would write
     objects = tuple(
-        ObjectFacts(
-            thing.shape, thing.colour, thing.size if state_size else None, thing.fill if state_fill else None
-        )
+        ObjectFacts(thing.shape, thing.colour, thing.size if state_size else None, thing.fill if state_fill else None)
         for thing in scene.objects
     )
     return Facts(objects, scene.relation, scene.background if state_background else None)

@@ -88,8 +88,8 @@ class VectorQuantizer(Quantizer):
 
     def __init__(self, config: VQConfig, channels: int | None, channels_out: int | None = None) -> None:
         """`channels` null: what comes in are latents already, as a level of a residual quantizer gets them."""
-        around = (nn.Identity(), nn.Identity()) if channels is None else projections(
-            channels, config.code_dim, channels_out
+        around = (
+            (nn.Identity(), nn.Identity()) if channels is None else projections(channels, config.code_dim, channels_out)
         )
         super().__init__(config, *around)
         codebook_KD = torch.randn(config.codebook_size, config.code_dim)
