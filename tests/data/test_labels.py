@@ -174,8 +174,8 @@ def test_drawn_classes_are_reproducible(tmp_path: Path) -> None:
 
 
 def test_classes_of_another_style_are_refused(tmp_path: Path, fails) -> None:
-    told = fails("make_dataset", "shapes", "--style", "dipped", "--labels", "shape", "--out", tmp_path / "set")
-    assert "classes by shape are of the plain style, found dipped" in told
+    told = fails("make_dataset", "shapes", "--style", "beach", "--labels", "shape", "--out", tmp_path / "set")
+    assert "classes by shape are of the plain style, found beach" in told
     assert not (tmp_path / "set").exists()
 
 
