@@ -72,6 +72,8 @@ def fill_folder(
             while outputs and outputs.n_done < n_prompts:
                 tally.wait()
                 outputs.collect()
+            if outputs:
+                tally.look()  # what others counted before their last groups, which are there by now
     except (KeyboardInterrupt, Stopped):
         if outputs:
             say(f"{outputs.n_drawn:,} of {n_prompts:,} prompts are in {path}; "
