@@ -30,6 +30,7 @@ from vqt2i.peers import FAMILIES, Options
 from vqt2i.peers.cogview import EMBEDDINGS, MARKS, POSITIONS, as_ours, parts_of, split_of, their_ids
 from vqt2i.peers.convert import import_checkpoint
 from vqt2i.peers.gpts import image_logits
+from vqt2i.peers.reading import read_checkpoint
 from vqt2i.text import load_tokenizer, pad_texts
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 from vqt2i.vq.quantizer import VQConfig
@@ -119,7 +120,7 @@ def test_cogview_as_published(published, tmp_path: Path, bpe: Path) -> None:
 def test_a_published_cogview_in_parts_is_the_whole_one(published, tmp_path: Path, bpe: Path) -> None:
     folder = published("cogview")
     import_checkpoint(FAMILIES["cogview-vq"], folder / "vqvae.pt", tmp_path / "v", Options(image_size_px=64))
-    whole = torch.load(next(folder.rglob("mp_rank_00*")), weights_only=False)["module"]
+    whole = dict(read_checkpoint(next(folder.rglob("mp_rank_00*"))).tensors)
     for n_parts in (2, 4):
         for rank in range(n_parts):
             state = {name: part_of(value, name, rank, n_parts) for name, value in whole.items()}
