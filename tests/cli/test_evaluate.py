@@ -66,6 +66,7 @@ def test_the_nearest_training_pictures_stand_beside_what_was_drawn(evaluate) -> 
     assert rows.keys() == {("nearest_rmse", "drawn"), ("nearest_rmse", "held out"), ("own_picture", "drawn")}
     assert rows["nearest_rmse", "drawn"].n == rows["own_picture", "drawn"].n == 20
     assert len(list(Path("o/nearest").iterdir())) == 20
+    assert f"<td>20, {rows['nearest_rmse', 'held out'].n}<" in Path("o/report.html").read_text()
     assert Path("o/report.html").read_text().count("<figure><img") == 20
 
 

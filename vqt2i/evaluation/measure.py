@@ -243,7 +243,10 @@ class Evaluation:
                 "image_size_px": 2 * self.size_px, "precision": self.pipeline.engine.precision,
             },
             "memorisation": lambda: drawing | {
-                "data": {"fingerprint": self.data.fingerprint, "trained on": "train", "held out": self._held_out},
+                "data": {
+                    "fingerprint": self.data.fingerprint, "trained on": "train", "held out": self._held_out,
+                    "at most held out": config.n_images,
+                },
                 "resize": self._resize,
             },
             "style": lambda: {

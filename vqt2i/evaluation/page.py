@@ -1,7 +1,7 @@
 """A result for people: one HTML page that needs no file beside it."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,20 @@ def _table(
     """Rows put into lines and columns by what these functions call them."""
     columns = list(dict.fromkeys(map(column_of, rows)))
     lines = {line: [""] * len(columns) for line in map(line_of, rows)}
-    counts: dict[str, int] = {}
+    counts: dict[str, dict[int, None]] = {}
     for row in rows:
         lines[line_of(row)][columns.index(column_of(row))] = shown(row, interval=intervals)
-        counts[line_of(row)] = row.n
+        counts.setdefault(line_of(row), {})[row.n] = None
     bracket = "in brackets: 95 %" if intervals else ""
-    return Section(title, ("", "n", *columns), [(k, counts[k], *cells) for k, cells in lines.items()], remark=bracket)
+    return Section(
+        title, ("", "n", *columns), [(k, _counted(counts[k]), *cells) for k, cells in lines.items()], remark=bracket
+    )
+
+
+def _counted(numbers: Iterable[int]) -> int | str:
+    """Of how many a line's values are; where its columns differ, of how many each, in their order."""
+    first, *others = numbers
+    return ", ".join(f"{n:,}" for n in (first, *others)) if others else first
 
 
 # --- alignment ---
