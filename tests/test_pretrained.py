@@ -6,14 +6,11 @@ from pathlib import Path
 import pytest
 
 from vqt2i.generation import TextToImage
-from vqt2i.generation.find import DEFAULT_SHIPPED, SHIPPED
+from vqt2i.generation.find import DRAWN_BY, SHIPPED, TRAINED_WITH
+from vqt2i.generation.parts import PIPELINE
 
+FOLDERS = sorted(path.parent for path in SHIPPED.glob(f"*/{PIPELINE}"))
 CARDS = sorted(SHIPPED.glob("*/*/card.json"))
-
-
-@pytest.fixture(scope="module")
-def shipped() -> TextToImage:
-    return TextToImage.load(SHIPPED / DEFAULT_SHIPPED, "cpu")
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: "/".join(path.parts[-3:-1]))
@@ -23,7 +20,13 @@ def test_every_card_says_how_the_model_was_made(path: Path):
     assert card["command"].startswith("python tools/train_")
 
 
-def test_all_parts_ship_and_are_small(shipped: TextToImage):
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_all_parts_ship(folder: Path):
+    shipped = TextToImage.load(folder, "cpu")
     assert shipped.fingerprints.keys() == {"text", "vq", "gpt", "clip"}
     assert shipped.config.example_prompts
+
+
+def test_what_ships_is_small():
+    assert {DRAWN_BY, TRAINED_WITH} <= {folder.name for folder in FOLDERS}
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 40e6

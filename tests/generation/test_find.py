@@ -89,13 +89,16 @@ def test_a_scorer_of_other_data_or_another_text_tokenizer_is_not_taken(runs: Pat
 def test_with_nothing_trained_the_shipped_pipeline_is_used_and_said(
     tmp_path: Path, model_folders: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    shutil.copytree(model_folders, tmp_path / "shipped" / "shapes")
+    for name in ("drawn", "trained"):
+        shutil.copytree(model_folders, tmp_path / "shipped" / name)
     monkeypatch.setattr(find, "SHIPPED", tmp_path / "shipped")
-    for model in (None, "shapes"):
+    monkeypatch.setattr(find, "DRAWN_BY", "drawn")
+    monkeypatch.setattr(find, "TRAINED_WITH", "trained")
+    for model, name in ((None, "drawn"), ("drawn", "drawn"), ("trained", "trained")):
         pipeline = open_pipeline(model, tmp_path / "runs", "cpu")
         assert pipeline.config.example_prompts == ("a red square",)
-        assert "pipeline: shapes (shipped" in capsys.readouterr().err
+        assert f"pipeline: {name} (shipped" in capsys.readouterr().err
     folder, _ = find_image_tokenizer(None, tmp_path / "runs")
-    assert folder == tmp_path / "shipped" / "shapes" / "vq"
-    with pytest.raises(CheckpointError, match=r"flowers: no such folder.*\(shipped: shapes\)"):
+    assert folder == tmp_path / "shipped" / "trained" / "vq"
+    with pytest.raises(CheckpointError, match=r"flowers: no such folder.*\(shipped: drawn, trained\)"):
         open_pipeline("flowers", tmp_path / "runs")

@@ -22,14 +22,17 @@ from vqt2i.vq import AnyImageTokenizer, load_image_tokenizer
 Kind = Literal["gpt", "upscaler"]  # that cards name; what draws from prompts, and what from smaller pictures
 _KINDS: dict[Kind, str] = {"gpt": "a GPT run", "upscaler": "a run for super-resolution"}
 SHIPPED = Path(__file__).parents[1] / "pretrained"
-DEFAULT_SHIPPED = "shapes"
+DRAWN_BY = "shapes32"
+"""The shipped pipeline that draws where none is named or trained."""
+TRAINED_WITH = "shapes32"
+"""The shipped pipeline whose parts a training takes where none is named or trained: they fit the embedded data set."""
 
 
 def find_image_tokenizer(folder: Path | None, runs: Path) -> tuple[Path, AnyImageTokenizer]:
     """The image tokenizer of `folder`, else the newest in `runs` (no palette), else the shipped one; says which."""
     if folder is None:
         trained = trained_models(runs).get("vqgan", [])
-        folder = trained[0] if trained else SHIPPED / DEFAULT_SHIPPED / "vq"
+        folder = trained[0] if trained else SHIPPED / TRAINED_WITH / "vq"
         say(f"image tokenizer: {folder}" + ("" if trained else " (shipped; none trained yet)"))
     return folder, load_image_tokenizer(folder)
 
@@ -38,7 +41,7 @@ def find_scorer(folder: Path | None, runs: Path) -> tuple[Path, CLIP]:
     """The scorer of `folder`, else the newest in `runs`, else the shipped one; says which."""
     if folder is None:
         trained = trained_models(runs).get("clip", [])
-        folder = trained[0] if trained else SHIPPED / DEFAULT_SHIPPED / "clip"
+        folder = trained[0] if trained else SHIPPED / TRAINED_WITH / "clip"
         say(f"scorer: {folder}" + ("" if trained else " (shipped; none trained yet)"))
     return folder, load_model(folder, CLIPConfig, CLIP)
 
@@ -115,8 +118,8 @@ def _find_pipeline(
         if kinds[0] == "upscaler":
             raise CheckpointError(f"{runs}: no run for super-resolution in it, and none is shipped; train one "
                                   "(configs/gpt/superres_tiny.yaml), or name a folder")  # fmt: skip
-        folder = SHIPPED / DEFAULT_SHIPPED
-        say(f"pipeline: {DEFAULT_SHIPPED} (shipped; none trained in {runs} yet)")
+        folder = SHIPPED / DRAWN_BY
+        say(f"pipeline: {DRAWN_BY} (shipped; none trained in {runs} yet)")
     elif (SHIPPED / model / PIPELINE).is_file() and not Path(model).exists():
         folder = SHIPPED / model
         say(f"pipeline: {model} (shipped)")
