@@ -22,6 +22,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -35,6 +36,7 @@ from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.runtime import say
 
 ROOT = Path(__file__).parents[1]
+IMAGE_TOKENIZER = "vqt2i/pretrained/shapes32/vq"
 BATCH_SIZE, LEARNING_RATE = 24, 4e-3
 KINDS = ("single_seen", "single_unseen", "two_seen")
 EXPONENTS = np.arange(0.1, 2.01, 0.1)
@@ -92,7 +94,7 @@ def train_command(run: Run, data: Path, out: Path) -> list[str]:
         "trainer.max_steps": run.n_steps, "trainer.validate_every_steps": run.n_steps, "trainer.batch_size": BATCH_SIZE,
     }  # fmt: skip
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return ["train_gpt.py", "--vq", "vqt2i/pretrained/shapes32/vq", "--runs", str(out), "--resume", *sets]
+    return ["train_gpt.py", "--vq", IMAGE_TOKENIZER, "--runs", str(out), "--resume", *sets]
 
 
 def _tool(*command: str) -> None:
@@ -100,12 +102,18 @@ def _tool(*command: str) -> None:
     subprocess.run([sys.executable, ROOT / "tools" / command[0], *command[1:]], check=True, cwd=ROOT)
 
 
-def finish(run: Run, data: Path, out: Path, n_prompts: int) -> Result:
-    """Draw the data, train and measure, or go on where an earlier process was."""
-    pictures, folder = data / f"shapes-{run.n_pictures}", out / run.name
-    model, evaluation = folder / "model", folder / "measured"
+def prepare(n_pictures: int, data: Path) -> None:
+    """Draw a data set and encode it, so that runs at once find it there."""
+    pictures = data / f"shapes-{n_pictures}"
     if not pictures.is_dir():
-        _tool("make_dataset.py", "shapes", "--n-train", str(run.n_pictures), "--out", str(pictures))
+        _tool("make_dataset.py", "shapes", "--n-train", str(n_pictures), "--out", str(pictures))
+    _tool("encode_dataset.py", "--data", str(pictures), "--vq", IMAGE_TOKENIZER)
+
+
+def finish(run: Run, data: Path, out: Path, n_prompts: int) -> Result:
+    """Train and measure, or go on where an earlier process was."""
+    folder = out / run.name
+    model, evaluation = folder / "model", folder / "measured"
     if not model.is_dir() or read_card(model)["steps"] < run.n_steps:
         _tool(*train_command(run, data, out))
     _tool("evaluate.py", str(folder), "--runs", str(out), "--measure", "alignment", "--kinds", ",".join(KINDS),
@@ -247,15 +255,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"), metavar="DIR")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="holds shapes-1000 and so on")
     parser.add_argument("--n-prompts", type=int, default=100, help="of each kind (default: 100), 4 pictures of each")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that train side by side (default: 1)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "runs.jsonl"
-    for run in RUNS:
-        if run not in read_results(path):
-            result = finish(run, args.data, args.out, args.n_prompts)
-            with path.open("a") as file:
-                file.write("\n" + json.dumps({"run": asdict(run), "result": asdict(result)}) + "\n")
-    results = {run: result for run, result in read_results(path).items() if run in RUNS}
+    missing = [run for run in RUNS if run not in read_results(path)]
+    for n_pictures in sorted({run.n_pictures for run in missing}):
+        prepare(n_pictures, args.data)
+    with ThreadPoolExecutor(args.at_once) as pool, path.open("a") as file:
+        found = {pool.submit(finish, run, args.data, args.out, args.n_prompts): run for run in missing}
+        for done in as_completed(found):
+            row = {"run": asdict(found[done]), "result": asdict(done.result())}
+            file.write("\n" + json.dumps(row) + "\n")  # on a line of its own whatever a kill has left before
+            file.flush()
+    known = read_results(path)
+    results = {run: known[run] for run in RUNS}
     fits = fits_of(results)
     rows = [{"run": asdict(run), "result": asdict(result)} for run, result in results.items()]
     write_json(args.out / "scaling.json", {"runs": rows, "fit": asdict(fits[0])})
