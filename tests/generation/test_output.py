@@ -1,13 +1,14 @@
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from vqt2i.errors import UserError
-from vqt2i.generation import Preview, Sample, TextToImage
+from vqt2i.generation import Preview, Sample, TextToImage, output
 from vqt2i.generation.output import OutputFolder, PreviewFile, Request, next_folder
 from vqt2i.text import clean_text
 
@@ -74,6 +75,30 @@ def test_the_grid_has_a_row_for_each_prompt(folder: OutputFolder, groups: list[l
         and np.array_equal(grid[y : y + 128, x : x + 128], enlarged)
     ]
     assert len(found) == 1 and found[0][0] > 2 * 128 and found[0][1] > 128
+
+
+def test_single_pictures_stand_side_by_side_above_their_prompts(groups: list[list[Sample]], tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "o", Request(["x"] * 9, 1, {}, {})) as folder:
+        for i in range(9):
+            folder.write([dataclasses.replace(groups[i % 3][0], prompt_index=i)])
+    gallery = np.asarray(Image.open(folder.path / "grid.png").convert("RGB"))
+    assert gallery.shape == (2 * (136 + 32) + 8, 7 * 136 + 8, 3)
+    for i in range(9):
+        y, x = 8 + i // 7 * 168, 8 + i % 7 * 136
+        enlarged = Image.fromarray(groups[i % 3][0].image_HW3).resize((128, 128), Image.Resampling.NEAREST)
+        assert np.array_equal(gallery[y : y + 128, x : x + 128], np.asarray(enlarged))
+        assert gallery[y + 128 : y + 160, x : x + 128].min() < 128  # letters
+
+
+def test_prompts_break_between_words_where_they_have_any() -> None:
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), output._font(12)
+    width = draw.textlength("above a star", font)
+    wrapped = partial(output._wrapped, draw, font=font, width_px=width)
+    assert wrapped("a red circle", n_lines=2) == ["a red circle"]
+    assert wrapped("a red circle above a star", n_lines=3) == ["a red circle", "above a star"]
+    first, rest = wrapped("a red circle above a yellow star", n_lines=2)
+    assert first == "a red circle" and rest.startswith("above a") and rest.endswith("…")
+    assert "".join(wrapped("i" * 90, n_lines=9)) == "i" * 90 and wrapped(" ", n_lines=2) == ["(no prompt)"]
 
 
 def test_many_pictures_of_a_prompt_wrap_and_the_grid_stays_bounded(groups: list[list[Sample]], tmp_path: Path) -> None:

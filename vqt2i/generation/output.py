@@ -27,6 +27,7 @@ from vqt2i.generation.samples import Preview, Sample
 REQUEST, SCORES, FINISHED = "request.json", "scores.jsonl", "finished"
 TILE_PX, MARGIN_PX, LABEL_PX = 128, 8, 16
 GRID_COLUMNS, GRID_PROMPTS, GRID_PICTURES = 16, 32, 128  # the most of each in one grid
+GALLERY_COLUMNS, GALLERY_LINES = 7, 2  # of single pictures above their prompts
 # fonts that hold Chinese, by the file names under which systems install them
 FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -261,10 +262,15 @@ def read_prompt(path: Path) -> str:
 def labelled_grid(folder: Path, records: Sequence[dict[str, Any]]) -> Image.Image:
     """For each line of scores its prompt, below it its kept pictures (enlarged without smoothing), their scores.
 
-    Of a prompt the first GRID_PICTURES are shown, GRID_COLUMNS in a row.
+    Of a prompt the first GRID_PICTURES are shown, GRID_COLUMNS in a row. Single pictures of several prompts stand side
+    by side, each above its prompt.
     """
     kept = [[c for c in record["candidates"] if c["file"]][:GRID_PICTURES] for record in records]
     most = max(len(candidates) for candidates in kept)
+    if most == 1 and len(records) > 1:
+        return _gallery(
+            folder, [(record["prompt"], files[0]["file"]) for record, files in zip(records, kept, strict=True)]
+        )
     columns, line_px = min(most, GRID_COLUMNS), TILE_PX + LABEL_PX
     row_px = LABEL_PX + -(-most // columns) * line_px + MARGIN_PX
     # wide enough for a sentence above a single picture
@@ -281,6 +287,22 @@ def labelled_grid(folder: Path, records: Sequence[dict[str, Any]]) -> Image.Imag
             score = "  ".join(f"{name} {value:.2f}" for name, value in candidate["scores"].items())
             draw.text((x, y + TILE_PX + 1), score, "#777", small)
     return grid
+
+
+def _gallery(folder: Path, pictures: Sequence[tuple[str, str]]) -> Image.Image:
+    """Pictures in rows, the prompt of each below it in up to GALLERY_LINES lines."""
+    columns, tile_px = min(len(pictures), GALLERY_COLUMNS), TILE_PX + MARGIN_PX
+    row_px = tile_px + GALLERY_LINES * LABEL_PX
+    size = columns * tile_px + MARGIN_PX, -(-len(pictures) // columns) * row_px + MARGIN_PX
+    gallery = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(gallery), _font(12)
+    for i, (prompt, name) in enumerate(pictures):
+        x, y = MARGIN_PX + i % columns * tile_px, MARGIN_PX + i // columns * row_px
+        with Image.open(folder / name) as picture:
+            gallery.paste(enlarged(picture), (x, y))
+        for number, line in enumerate(_wrapped(draw, prompt, font, TILE_PX, GALLERY_LINES)):
+            draw.text((x, y + TILE_PX + 2 + number * LABEL_PX), line, "black", font)
+    return gallery
 
 
 def enlarged(image: Image.Image) -> Image.Image:
@@ -364,6 +386,20 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont:
         except OSError:
             continue
     return ImageFont.load_default(size_px)  # Latin only: other letters appear as boxes
+
+
+def _wrapped(
+    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width_px: int, n_lines: int
+) -> list[str]:
+    """Lines of whole words where they fit, the last one shortened; a text without spaces breaks anywhere."""
+    rest, lines = " ".join(text[:300].split()) or "(no prompt)", []
+    while rest and len(lines) < n_lines - 1:
+        end = next((n for n in range(len(rest), 1, -1) if draw.textlength(rest[:n], font) <= width_px), 1)
+        if end < len(rest) and rest[end] != " " and " " in rest[:end]:
+            end = rest.rindex(" ", 0, end)
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip()
+    return [*lines, _shortened(draw, rest, font, width_px)] if rest else lines
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
