@@ -55,11 +55,11 @@ class Run:
         return f"w{self.width}-d{self.n_pictures}-s{self.n_steps}"
 
 
-BASE = Run(128, 100_000, 1000)
+BASE = Run(128, 100_000, 800)
 RUNS = (
     *(replace(BASE, width=width) for width in (32, 64, 128, 192)),
     *(replace(BASE, n_pictures=n) for n in (1000, 4000, 16_000)),
-    *(replace(BASE, n_steps=n) for n in (250, 500, 2000)),
+    *(replace(BASE, n_steps=n) for n in (200, 400, 1600)),
 )
 
 
