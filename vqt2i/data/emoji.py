@@ -49,7 +49,7 @@ def emoji_items(languages: list[str], font_path: Path | None) -> Entries:
     unknown = [language for language in languages if language not in emoji.LANGUAGES]
     if unknown:
         raise DataError(f"no emoji names in '{unknown[0]}'; the emoji package has {', '.join(emoji.LANGUAGES)}")
-    font = _load_font(font_path or find_font())
+    font = load_font(font_path or find_font())
     emoji.config.load_language(languages)
     for text, facts in emoji.EMOJI_DATA.items():
         if facts["status"] != emoji.STATUS["fully_qualified"]:
@@ -57,22 +57,27 @@ def emoji_items(languages: list[str], font_path: Path | None) -> Entries:
         points = [f"U+{ord(character):04X}" for character in text]
         key = "_".join(point[2:].lower() for point in points)
         names = {lang: [facts[lang].strip(":").replace("_", " ")] for lang in languages if facts.get(lang)}
-        image_HW3 = _draw(text, font)
+        image_HW3 = draw_emoji(text, font)
         if image_HW3 is None:
             yield Rejection(f"{text} {' '.join(points)}", "not in the font", next(iter(names.values()), [""])[0], key)
         else:
             yield Item(f"{text} {' '.join(points)}", key, image_HW3, names, {"emoji": text, "codepoints": points})
 
 
-def _load_font(path: Path) -> ImageFont.FreeTypeFont:
+def load_font(path: Path) -> ImageFont.FreeTypeFont:
+    """The font at the size of its bitmaps.
+
+    Raises:
+        DataError: not a font, or not of this size.
+    """
     try:
         return ImageFont.truetype(path, STRIKE_PX)
     except OSError as error:
         raise DataError(f"{path}: not usable as a font of {STRIKE_PX} px ({error}); expected {FONT_NAME}") from None
 
 
-def _draw(text: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
-    """uint8 (S, S, 3), or None where the font has no picture, or has one only for parts of the sequence."""
+def draw_emoji(text: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
+    """On white, uint8 (S, S, 3), or None where the font has no picture, or has one only for parts of the sequence."""
     width = font.getlength(text)
     if width > 1.5 * font.getlength("😀"):
         return None
