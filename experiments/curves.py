@@ -17,7 +17,7 @@ from vqt2i.training.record import read_record
 # by kind of run: its loss, what it is for, and the unit of either
 SHOWN = {
     "vqgan": (("loss", "loss"), ("psnr", "PSNR, dB")),
-    "gpt": (("image", "image, nats per id"), ("text_from_image", "caption of an image, nats per token")),
+    "gpt": (("image", "image, nats per id"), ("text_from_image", "caption, nats per token")),
     "clip": (("loss", "loss"), ("image_to_text_r1", "R@1, image to text")),
 }
 

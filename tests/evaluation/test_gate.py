@@ -13,7 +13,7 @@ from vqt2i.cli import main
 from vqt2i.data.shards import DataSet
 from vqt2i.errors import DataError
 from vqt2i.evaluation.gate import GATE, PICTURES, check_gate, read_gate
-from vqt2i.generation import TextToImage, decode, pipeline, rows
+from vqt2i.generation import TextToImage, decode, drawing, rows
 from vqt2i.generation.find import SHIPPED
 from vqt2i.generation.parts import PIPELINE
 from vqt2i.gpt import SequenceLayout, Sequences
@@ -24,7 +24,7 @@ FOLDERS = sorted(path.parent for path in SHIPPED.glob(f"*/{PIPELINE}"))
 
 @pytest.fixture(scope="module")
 def shapes() -> TextToImage:
-    return TextToImage.load(SHIPPED / "shapes32", "cpu")
+    return TextToImage.load(SHIPPED / "shapes", "cpu")
 
 
 def fallen(pipeline: TextToImage, folder: Path) -> set[str]:
@@ -68,8 +68,8 @@ def break_guidance(patch: pytest.MonkeyPatch) -> None:
 
 def break_rerank(patch: pytest.MonkeyPatch) -> None:
     """The worst first."""
-    combine = pipeline.combine
-    patch.setattr(pipeline, "combine", lambda scores: -combine(scores))
+    combine = drawing.combine
+    patch.setattr(drawing, "combine", lambda scores: -combine(scores))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_gate_is_not_passed_with_something_broken(
     shapes: TextToImage, monkeypatch: pytest.MonkeyPatch, damage: Callable[[pytest.MonkeyPatch], None], seen_in: set
 ) -> None:
     damage(monkeypatch)
-    found = fallen(shapes, SHIPPED / "shapes32")
+    found = fallen(shapes, SHIPPED / "shapes")
     assert seen_in <= found
     if damage is break_rerank:
         assert not found & {"right", "r_precision", "clip_score", "psnr"}  # what is drawn is as good

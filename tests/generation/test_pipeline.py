@@ -219,7 +219,8 @@ def test_what_is_mixed_in_or_led_away_from_changes_the_pictures_and_the_scores_a
     for sample in (mixed, negative):
         assert not np.array_equal(sample.image_ids_HW, plain.image_ids_HW)
     ids_1HW = torch.from_numpy(mixed.image_ids_HW)[None]
-    own, other = (pipeline._score("both", pipeline._decode(ids_1HW, 1), ids_1HW, text) for text in (PROMPTS[0], green))
+    finish = pipeline._finisher
+    own, other = (finish.score("both", finish.decode(ids_1HW, 1), ids_1HW, text) for text in (PROMPTS[0], green))
     for name in ("clip", "caption"):
         assert mixed.scores[name] == pytest.approx(0.7 * own[name].item() + 0.3 * other[name].item(), abs=1e-5)
     same = pipeline.generate(PROMPTS[0], **scored, negative="", mix=Mix(PROMPTS[0], 0.5))[0]

@@ -22,9 +22,9 @@ from vqt2i.vq import AnyImageTokenizer, load_image_tokenizer
 Kind = Literal["gpt", "upscaler"]  # that cards name; what draws from prompts, and what from smaller pictures
 _KINDS: dict[Kind, str] = {"gpt": "a GPT run", "upscaler": "a run for super-resolution"}
 SHIPPED = Path(__file__).parents[1] / "pretrained"
-DRAWN_BY = "shapes32"
+DRAWN_BY = "emoji"
 """The shipped pipeline that draws where none is named or trained."""
-TRAINED_WITH = "shapes32"
+TRAINED_WITH = "shapes"
 """The shipped pipeline whose parts a training takes where none is named or trained: they fit the embedded data set."""
 
 

@@ -1,13 +1,10 @@
 """`TextToImage`: a pipeline folder, loaded; prompts in, ranked pictures out."""
 
 import copy
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,9 +14,8 @@ from torch import Tensor, nn
 from vqt2i.checkpoint import read_card
 from vqt2i.clip import CLIP, Prior
 from vqt2i.config import load_config
-from vqt2i.data.images import GREY, to_tensor, to_uint8
+from vqt2i.data.images import to_tensor, to_uint8
 from vqt2i.errors import PromptError, ResourceError
-from vqt2i.generation.batches import Packer
 from vqt2i.generation.captions import (
     BeamConfig,
     DrawConfig,
@@ -29,22 +25,22 @@ from vqt2i.generation.captions import (
     reversed_share_of,
 )
 from vqt2i.generation.decode import Job, decode_image_ids
+from vqt2i.generation.drawing import Asked, Drawing
 from vqt2i.generation.edit import Change, Paste, Vary, fit_grid, fix_kept, open_canvas, paste, pixels_of, varied_cells
 from vqt2i.generation.engine import Engine, EngineName, PrecisionName
+from vqt2i.generation.finish import Finisher
 from vqt2i.generation.memory import (
     FINISHED_AT_ONCE,
     ROWS_AT_ONCE,
-    Budget,
     decoding_needs,
-    finishing_needs,
     gigabytes,
     room_on,
     weight_bytes,
 )
 from vqt2i.generation.parts import PIPELINE, PipelineConfig, load_parts, pipeline_folders
-from vqt2i.generation.prompts import Picture, prompt_name
+from vqt2i.generation.prompts import Picture
 from vqt2i.generation.reading import Prompt, PromptReader
-from vqt2i.generation.rerank import EditScorer, Scorer, caption_scores, combine, embedding_scores, likelihood_scores
+from vqt2i.generation.rerank import EditScorer, Scorer
 from vqt2i.generation.rows import Mixed
 from vqt2i.generation.samples import Mix, Preview, Sample
 from vqt2i.generation.sampling import SamplingConfig
@@ -56,27 +52,6 @@ from vqt2i.text.encoder import TextEncoder
 from vqt2i.vq import AnyImageTokenizer
 
 Offload = Literal["auto", "never", "always"]
-
-
-class _Asked(NamedTuple):
-    """What pictures were asked for, `count` of each prompt. scorer: None leaves them unscored."""
-
-    prompts: Sequence[Prompt]
-    count: int
-    scorer: Scorer | None
-    sampling: SamplingConfig
-    negative: Condition | None
-    mixed: Mixed | None
-    mix: Mix | None  # what `mixed` was read from
-    seed: int
-
-
-class _Drawn(NamedTuple):
-    """An image's ids, (height, width), the passes of the GPT that it took, and its caption score if drawing gave it."""
-
-    ids_HW: Tensor
-    n_passes: int
-    caption: float | None
 
 
 def n_candidates(n: int, rerank: int | None) -> int:
@@ -312,15 +287,18 @@ class TextToImage:
                               f"{or_else}")  # fmt: skip
         sampling = sampling or self.config.sampling
         beside = self._beside(negative, mix, sampling)
-        asked = _Asked(prompts, count, scorer if scored else None, sampling, *beside, mix, seed)
+        asked = Asked(prompts, count, scorer if scored else None, sampling, *beside, mix, seed)
         indices = range(len(prompts)) if indices is None else indices
-        budget = self._budget(asked)
-        return self._groups(asked, indices, budget, self._batches(asked, indices, budget, on_token, on_preview))
+        return Drawing(self._finisher, asked, self.memory).groups(indices, on_token, on_preview)
 
     @property
     def _reader(self) -> PromptReader:
         size_px = self.vq.config.image_size_px
         return PromptReader(self.text, self.gpt, self.clip, size_px, self.clip_text, self.prior, self.encoder)
+
+    @property
+    def _finisher(self) -> Finisher:
+        return Finisher(self.gpt, self.vq, self.clip, self.text, self._reader, self.engine, self.away)
 
     def _beside(
         self, negative: str | None, mix: Mix | None, sampling: SamplingConfig
@@ -352,171 +330,6 @@ class TextToImage:
                               "shorter one")  # fmt: skip
         return text
 
-    def _budget(self, asked: _Asked) -> Budget:
-        scorer = asked.scorer
-        clip = self.clip if scorer in ("clip", "both") else None
-        finishing = finishing_needs(self.vq, self.gpt, clip, scorer in ("caption", "both"))
-        visiting = weight_bytes(*(part for part in self.away if part in (self.vq, clip)))
-        finishing = finishing._replace(fixed=finishing.fixed + visiting)
-        at_home = weight_bytes(self.gpt, *(part for part in (self.vq, self.clip) if part not in self.away))
-        room = room_on(self.gpt.device, at_home, self.memory)
-        decoding = decoding_needs(self.gpt, asked.sampling, asked.count, mixed=asked.mixed is not None)
-        return Budget(self.gpt.device, decoding, finishing, room)
-
-    def _batches(
-        self,
-        asked: _Asked,
-        indices: Sequence[int],
-        budget: Budget,
-        on_token: Callable[[int], None] | None,
-        on_preview: Callable[[Preview], None] | None,
-    ) -> Iterator[dict[Job, _Drawn]]:
-        """Batches of images."""
-        n_tokens, n_passes, captions = 0, {}, {}
-        captioned = asked.scorer in ("caption", "both") and not asked.mix
-
-        def count_tokens(n: int) -> None:
-            nonlocal n_tokens
-            n_tokens += n
-            if on_token:
-                on_token(n)
-
-        def on_partial(part: Sequence[Job], ids_BI: Callable[[], Tensor]) -> None:
-            on_preview(Preview(part, lambda: self._decode_part(ids_BI(), budget.finished)))
-
-        packer = Packer(indices, partial(self._first_job, asked), asked.count)
-        start = self.engine.start(self.gpt, asked.count * len(indices))
-        while jobs := packer.take(budget.rows):
-            decode = partial(
-                decode_image_ids, self.engine.gpt(self.gpt), jobs, asked.sampling, asked.seed, start=start,
-                rows_at_once=len(jobs), on_token=count_tokens, on_partial=on_partial if on_preview else None,
-                on_passes=n_passes.__setitem__, on_caption=captions.__setitem__ if captioned else None,
-            )  # fmt: skip
-            n_tokens, ids_BHW = 0, None
-            with suppress(torch.OutOfMemoryError):
-                ids_BHW = budget.watch(len(jobs), decode)
-            if ids_BHW is None:  # here the failed call's tensors are gone
-                count_tokens(-n_tokens)
-                budget.ran_out(len(jobs))
-                packer.give_back(jobs)
-            else:
-                yield {
-                    job: _Drawn(ids, n_passes.pop(job), captions.pop(job, None))
-                    for job, ids in zip(jobs, ids_BHW, strict=True)
-                }
-
-    def _first_job(self, asked: _Asked, prompt_index: int) -> Job:
-        condition = self._reader.condition(asked.prompts[prompt_index])
-        return Job(condition, prompt_index, 0, asked.negative, asked.mixed)
-
-    def _groups(
-        self, asked: _Asked, indices: Sequence[int], budget: Budget, batches: Iterator[dict[Job, _Drawn]]
-    ) -> Iterator[list[Sample]]:
-        """Candidates prompt by prompt, in the order of `indices`."""
-        drawn: dict[int, dict[Job, _Drawn]] = defaultdict(dict)
-        waiting = deque(indices)
-        for batch in batches:
-            for job, image in batch.items():
-                drawn[job.prompt_index][job] = image
-            whole = []
-            while waiting and len(drawn[waiting[0]]) == asked.count:
-                whole.append(waiting.popleft())
-            if whole:
-                with self._at_work(self.vq, self.clip if asked.scorer in ("clip", "both") else None):
-                    groups = [self._finish(asked, drawn.pop(p), budget) for p in whole]
-                yield from groups
-
-    def _finish(self, asked: _Asked, drawn: dict[Job, _Drawn], budget: Budget) -> list[Sample]:
-        """Pictures and scores of all candidates of a prompt, together with no others', so that they are always equal.
-
-        (Where memory is too small for FINISHED_AT_ONCE of them, the last bits may differ.)
-        """
-        jobs = sorted(drawn, key=lambda job: job.image_index)
-        ids_BHW = torch.stack([drawn[job].ids_HW for job in jobs])
-        pictures, scores, start = [], defaultdict(list), 0
-        captions = [drawn[job].caption for job in jobs]
-        scorer = asked.scorer
-        if scorer in ("caption", "both") and None not in captions:  # that score is there already
-            scorer = "clip" if scorer == "both" else None
-        prompt = asked.prompts[jobs[0].prompt_index]
-        while start < len(jobs):
-            part_BHW = ids_BHW[start : start + budget.finished]
-            done = None
-            with suppress(torch.OutOfMemoryError):
-                image_B3HW = self._decode(part_BHW, budget.finished)
-                done = self._score(scorer, image_B3HW, part_BHW, prompt, asked.mix) if scorer else {}
-            if done is None:
-                budget.ran_out_finishing(len(part_BHW))
-                continue
-            start += len(part_BHW)
-            pictures.extend(to_uint8(image_B3HW))
-            for name, score_B in done.items():
-                scores[name].append(score_B)
-        ranking = {name: torch.cat(parts) for name, parts in scores.items()}
-        if scorer != asked.scorer:
-            ranking["caption"] = torch.tensor(captions)
-        if len(ranking) > 1:
-            ranking["both"] = combine(ranking)
-        n_truncated = self._reader.n_unread(prompt)
-        # copies: a view would keep all pictures for as long as one of them is kept
-        group = [
-            Sample(
-                prompt_name(prompt), job.prompt_index, job.image_index, asked.seed, pictures[i].copy(),
-                ids_BHW[i].numpy().copy(), n_truncated, {name: float(values[i]) for name, values in ranking.items()},
-                drawn[job].n_passes,
-            )
-            for i, job in enumerate(jobs)
-        ]  # fmt: skip
-        return sorted(group, key=lambda s: -s.scores[asked.scorer]) if asked.scorer else group
-
-    @contextmanager
-    def _at_work(self, *parts: nn.Module | None) -> Iterator[None]:
-        """Have those of the parts that are kept away on the GPT's device meanwhile."""
-        visitors = [part for part in parts if part in self.away]
-        try:
-            for part in visitors:
-                part.to(self.gpt.device)
-            yield
-        finally:
-            for part in visitors:
-                part.to("cpu")
-
-    @torch.inference_mode()
-    def _decode(self, ids_BHW: Tensor, at_once: int) -> Tensor:
-        device = self.gpt.device
-        return torch.cat([self.vq.decode(part.to(device)).float().cpu() for part in ids_BHW.split(at_once)])
-
-    def _decode_part(self, ids_BI: Tensor, at_once: int) -> np.ndarray:
-        """Pictures (B, height, width, 3) of the first ids of each image; grey where there are none yet."""
-        layout, n_drawn = self.gpt.layout.config, ids_BI.shape[1]
-        rows, columns = layout.grid_height, layout.grid_width
-        # the rest is painted over, but the decoder mixes it into its neighbours: the last id is like them
-        rest_BI = ids_BI[:, -1:].expand(-1, rows * columns - n_drawn)
-        ids_BHW = torch.cat((ids_BI, rest_BI), dim=1).reshape(-1, rows, columns)
-        with self._at_work(self.vq):
-            image_BHW3 = to_uint8(self._decode(ids_BHW, at_once))
-        cell_px = image_BHW3.shape[1] // rows
-        missing = (np.arange(rows * columns) >= n_drawn).reshape(rows, image_BHW3.shape[2] // cell_px, -1)
-        missing_HW = missing.any(-1)  # a cell of several ids is there with the last of them
-        image_BHW3[:, missing_HW.repeat(cell_px, 0).repeat(cell_px, 1)] = GREY
-        return image_BHW3
-
-    def _score(
-        self, scorer: Scorer, image_B3HW: Tensor, ids_BHW: Tensor, prompt: Prompt, mix: Mix | None = None
-    ) -> dict[str, Tensor]:
-        """Scores of candidates of a prompt, or the mean of its and of the text's that is mixed in."""
-        if mix:
-            own, other = (self._score(scorer, image_B3HW, ids_BHW, asked) for asked in (prompt, clean_text(mix.text)))
-            return {name: torch.lerp(own[name], other[name], mix.share) for name in own}
-        scores = {}
-        if scorer in ("clip", "both"):
-            asked_E = self._reader.embed(prompt)
-            scores["clip"] = embedding_scores(self.engine.clip(self.clip), image_B3HW, asked_E)
-        if scorer in ("caption", "both"):
-            texts = [self.text.encode(prompt)] * len(ids_BHW)
-            scores["caption"] = caption_scores(self.engine.gpt(self.gpt), ids_BHW, texts)
-        return scores
-
     def caption(
         self,
         images: Sequence[np.ndarray | Image.Image],
@@ -536,7 +349,7 @@ class TextToImage:
         """
         if self.gpt_folder is not None:
             require_reads_images(self.gpt_folder, read_card(self.gpt_folder))
-        with self._at_work(self.vq):
+        with self._finisher.at_work(self.vq):
             return caption_images(self.text, self.vq, self.gpt, images, n=n, how=how or BeamConfig(), seed=seed)
 
     def with_grid(self, rows: int, columns: int) -> "TextToImage":
@@ -589,9 +402,10 @@ class TextToImage:
             ids_per_cell=self.vq.config.ids_per_cell, start=self.engine.start(self.gpt, len(wanted)),
             on_progress=on_progress,
         )  # fmt: skip
-        with self._at_work(self.vq):
+        finisher = self._finisher
+        with finisher.at_work(self.vq):
             return [
-                replace(s, image_HW3=to_uint8(self._decode(ids_HW[None], 1))[0], image_ids_HW=ids_HW.numpy())
+                replace(s, image_HW3=to_uint8(finisher.decode(ids_HW[None], 1))[0], image_ids_HW=ids_HW.numpy())
                 for s, ids_HW in zip(wanted, ids, strict=True)
             ]
 
@@ -669,9 +483,10 @@ class TextToImage:
             self.engine.gpt(self.gpt), jobs, sampling, seed, start=self.engine.start(self.gpt, count),
             on_token=on_token, on_passes=n_passes.__setitem__,
         )  # fmt: skip
-        with self._at_work(self.vq, self.clip):
-            image_B3HW = self._decode(ids_BHW, FINISHED_AT_ONCE)
-            scores = self._score_edits(scorer, image_B3HW, ids_BHW, prompt) if rerank else {}
+        finisher = self._finisher
+        with finisher.at_work(self.vq, self.clip):
+            image_B3HW = finisher.decode(ids_BHW, FINISHED_AT_ONCE)
+            scores = finisher.score_edits(scorer, image_B3HW, ids_BHW, prompt, self.default_scorer) if rerank else {}
         n_truncated = self._reader.n_unread(prompt)
         samples = [
             Sample(
@@ -696,21 +511,5 @@ class TextToImage:
         Raises:
             DataError: its sides are not made of whole cells.
         """
-        with self._at_work(self.vq):
+        with self._finisher.at_work(self.vq):
             return self.vq.encode(to_tensor(image_HW3)[None].to(self.gpt.device))[0].cpu()
-
-    def _score_edits(
-        self, scorer: EditScorer, image_B3HW: Tensor, ids_BHW: Tensor, prompt: Prompt
-    ) -> dict[str, Tensor]:
-        scores = {}
-        if scorer in ("likelihood", "all"):
-            gpt, conditions = self.engine.gpt(self.gpt), [self._reader.condition(prompt)] * len(ids_BHW)
-            scores["likelihood"] = torch.cat([
-                likelihood_scores(gpt, part, conditions[: len(part)]) for part in ids_BHW.split(ROWS_AT_ONCE)
-            ])  # fmt: skip
-        other = self.default_scorer if scorer == "all" else scorer
-        if other != "likelihood" and (other != "clip" or self.clip):  # "all" is what there is
-            scores |= self._score(other, image_B3HW, ids_BHW, prompt)
-        if len(scores) > 1:
-            scores[scorer] = combine(scores)
-        return scores
