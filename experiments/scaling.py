@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from vqt2i.checkpoint import load_model, read_card
-from vqt2i.evaluation.result import read_result
+from vqt2i.evaluation.result import Row, read_result
 from vqt2i.files import write_atomic, write_json
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.runtime import say
@@ -118,16 +118,22 @@ def finish(run: Run, data: Path, out: Path, n_prompts: int) -> Result:
         _tool(*train_command(run, data, out))
     _tool("evaluate.py", str(folder), "--runs", str(out), "--measure", "alignment", "--kinds", ",".join(KINDS),
           "--n-prompts", str(n_prompts), "--rerank", "4", "--out", str(evaluation))  # fmt: skip
-    right = {
-        row.where["group"].removeprefix("kind: "): row.value
-        for row in read_result(evaluation).measures["alignment"].rows
-        if row.name == "right" and row.where["of"] == 1 and str(row.where["group"]).startswith("kind: ")
-    }
+    right = right_by_kind(read_result(evaluation).measures["alignment"].rows)
     with (folder / "metrics.csv").open() as file:
         losses = [float(row["val/image"]) for row in csv.DictReader(file) if row["val/image"]]
     gpt = load_model(model, GPTConfig, GPT)
     n_weights = sum(p.numel() for p in gpt.transformer.parameters())
     return Result(n_weights, losses[-1], right, read_card(model)["seconds"])
+
+
+def right_by_kind(rows: Sequence[Row]) -> dict[str, float]:
+    """The unreranked share of pictures that are all right, by kind of prompt."""
+    return {
+        kind: row.value
+        for kind in KINDS
+        for row in rows
+        if row.name == "right" and row.where == {"group": f"prompts: {kind}", "chosen by": "random", "of": 1}
+    }
 
 
 def read_results(path: Path) -> dict[Run, Result]:

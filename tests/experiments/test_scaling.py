@@ -10,6 +10,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from vqt2i.evaluation.alignment import Candidates, alignment_rows
+from vqt2i.evaluation.prompts import drawn_prompts
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "scaling.py"
 
 
@@ -60,6 +63,13 @@ def test_tables_and_plot_tell_runs_law_and_what_it_predicts(scaling: ModuleType,
     assert "| 100 x all three | 0.117 (0.117 to 0.117) | 97% | 97% | 97% |" in told
     scaling.plot(results, fits[0], tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_what_evaluate_tells_of_each_kind_is_read(scaling: ModuleType) -> None:
+    asked = drawn_prompts(scaling.KINDS, 4, 0)
+    right = np.repeat([0.0, 0.5, 1.0], 4)[:, None] + np.array([[0.0, 0.0]])
+    candidates = Candidates(asked, {"right": right}, {"caption": np.zeros((12, 2))})
+    assert scaling.right_by_kind(alignment_rows(candidates)) == dict(zip(scaling.KINDS, (0, 0.5, 1), strict=True))
 
 
 def test_finished_runs_are_read_back_and_half_a_line_is_not(scaling: ModuleType, tmp_path: Path) -> None:
