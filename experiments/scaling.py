@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=100, help="of each kind (default: 100), 4 pictures of each")
     parser.add_argument("--at-once", type=int, default=1, help="runs that train side by side (default: 1)")
     args = parser.parse_args()
+    args.out, args.data = args.out.resolve(), args.data.resolve()  # the tools run in the repository's root
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "runs.jsonl"
     missing = [run for run in RUNS if run not in read_results(path)]

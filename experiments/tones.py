@@ -9,7 +9,7 @@ font draws what is expected, which no training has seen. A picture is
 
 by the root mean square of pixel values. The tone is told of the font's pictures of the tones that are there too: what a
 perfect model would reach. Figures that the font draws otherwise than the data set are left out. Sampling may be
-chosen on the first half, every second figure; the second one is told by itself too.
+chosen on the first half, the figures asked for in English; the second one, in Chinese, is told by itself too.
 
     python experiments/tones.py --model emoji --data data/emoji --out runs/tones
 """
@@ -50,7 +50,6 @@ class Expected:
     """A figure in the tone that is missing. seen: of the others, the indices in the training split."""
 
     prompt: str
-    text: str  # the emoji itself
     image_HW3: np.ndarray
     seen: tuple[int, ...]
 
@@ -78,7 +77,7 @@ def expected_of(split: Split, size_px: int, font_path: Path | None) -> list[Expe
             say(f"left out: {meta['en']} in {missing[0]}")
             continue
         prompt = said["zh" if len(found) % 2 else "en"]
-        found.append(Expected(prompt, text, image_HW3, tuple(index for index, _ in tones.values())))
+        found.append(Expected(prompt, image_HW3, tuple(index for index, _ in tones.values())))
     return found
 
 

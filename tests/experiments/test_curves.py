@@ -1,7 +1,5 @@
 """The curves of a run: what metrics.csv holds, smoothed, as a picture."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,15 +10,10 @@ from PIL import Image
 from vqt2i.errors import DataError
 from vqt2i.training.record import RunRecord, write_record
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "curves.py"
-
 
 @pytest.fixture(scope="module")
-def curves() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("curves", SCRIPT)
-    module = sys.modules["curves"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def curves(experiment) -> ModuleType:
+    return experiment("curves")
 
 
 def put_run(folder: Path, kind: str) -> Path:

@@ -1,8 +1,6 @@
 """The scaling experiment: its law is found again in losses that follow one, and runs go on after a kill."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -13,15 +11,10 @@ import pytest
 from vqt2i.evaluation.alignment import Candidates, alignment_rows
 from vqt2i.evaluation.prompts import drawn_prompts
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "scaling.py"
-
 
 @pytest.fixture(scope="module")
-def scaling() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scaling", SCRIPT)
-    module = sys.modules["scaling"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scaling(experiment) -> ModuleType:
+    return experiment("scaling")
 
 
 def made(scaling: ModuleType, law) -> dict:

@@ -1,7 +1,5 @@
 """The experiment on a few steps of the coloured squares: runs, what ends one, going on after a kill, table and plot."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,15 +10,10 @@ from vqt2i.gpt import LayoutConfig
 from vqt2i.training.batches import TokenSamples
 from vqt2i.training.encode import encode_dataset
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "stability.py"
-
 
 @pytest.fixture(scope="module")
-def stability() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stability", SCRIPT)
-    module = sys.modules["stability"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def stability(experiment) -> ModuleType:
+    return experiment("stability")
 
 
 @pytest.fixture

@@ -1,23 +1,17 @@
 """Unseen skin tones: which figures are asked for, in what words, and when a picture is right."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "tones.py"
 GREYS = {"light": 200, "medium-light": 160, "medium": 120, "medium-dark": 80, "dark": 40}
 
 
 @pytest.fixture(scope="module")
-def tones() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tones", SCRIPT)
-    module = sys.modules["tones"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tones(experiment) -> ModuleType:
+    return experiment("tones")
 
 
 def flat(value: int) -> np.ndarray:
