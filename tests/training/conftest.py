@@ -74,7 +74,7 @@ def train(overrides: dict[str, list[str]], tmp_path: Path) -> Callable[..., Path
         if stage == "vqgan":
             return train_vqgan(load_config(VQGANRunConfig, None, values), runs, resume=resume)
         if stage == "clip":
-            return train_clip(load_config(CLIPRunConfig, None, values), runs, resume=resume)
+            return train_clip(load_config(CLIPRunConfig, None, values), runs, resume=resume, deepspeed=deepspeed)
         if stage == "prior":
             return train_prior(load_config(PriorRunConfig, None, values), runs, resume=resume)
         config = load_config(GPTRunConfig, None, values)

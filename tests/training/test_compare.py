@@ -36,7 +36,7 @@ def test_benchmark_train_prints_both_models_and_their_ratio(untrained_gpt, capsy
         sizes[type(model).__name__] = sum(p.numel() for name, p in model.named_parameters())
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
-    monkeypatch.setattr(compare, "build_adamw", remember)
+    monkeypatch.setattr(compare, "build_optimizer", remember)
     command = ["benchmark", "train", "--config", str(untrained_gpt), "--rounds", "1", "--no-compile"]
     assert main([*command, "--batch-size", "2", "--precision", "bf16", "--text-ids", "50"]) == 0
     out = capsys.readouterr().out

@@ -54,7 +54,7 @@ def state_of(module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("stage", "module_class", "more"),
     [("vqgan", VQGANModule, []), ("vqgan", VQGANModule, [ADVERSARIAL]), ("gpt", GPTModule, []),
-     ("clip", CLIPModule, [])],
+     ("gpt", GPTModule, ["training.optimizer.kind=muon"]), ("clip", CLIPModule, [])],
 )  # fmt: skip
 def test_a_step_that_is_not_finite_is_skipped_counted_and_its_batch_saved(
     stage: str, module_class, more: list[str], train, monkeypatch, capsys: pytest.CaptureFixture[str]

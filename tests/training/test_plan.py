@@ -17,7 +17,7 @@ from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextBatch
 from vqt2i.training.gpt import GPTRunConfig, TokenizerSizes
-from vqt2i.training.optim import OptimizerConfig, build_adamw
+from vqt2i.training.optim import OptimizerConfig, build_optimizer
 from vqt2i.training.plan import (
     GB,
     SETTINGS,
@@ -96,7 +96,7 @@ def measured_peak(config: GPTConfig, batch: int, *, bf16: bool = False, checkpoi
         if checkpointed:
             for block in gpt.transformer.blocks:
                 block.forward = _checkpointed(block.forward)
-        optimizer = build_adamw(gpt, OptimizerConfig())
+        optimizer = build_optimizer(gpt, OptimizerConfig())
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = loss_of(gpt, batch)

@@ -18,7 +18,7 @@ from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.training.checkpoints import checkpoints_in, step_of
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig
 from vqt2i.training.gpt import GPTModule, GPTRunConfig
-from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at, learning_rate_share
+from vqt2i.training.optim import OptimizerConfig, build_optimizer, learning_rate_at, learning_rate_share
 from vqt2i.training.prior import PriorModule, PriorRunConfig
 from vqt2i.training.run import TrainerConfig
 from vqt2i.training.start import new_run_folder, newest_run_folder
@@ -73,7 +73,8 @@ def test_a_run_leaves_config_metrics_a_checkpoint_and_a_model_that_loads(stage: 
     [("vqgan", []), ("vqgan", ["training.loss.adversarial={channels: 4, n_layers: 2, start_share: 0.3}"]),
      ("vqgan", ["model.quantizer={kind: gumbel, codebook_size: 16}"]),
      ("vqgan", ["model.quantizer={kind: residual, codebook_size: 8}"]),
-     ("gpt", []), ("gpt", ["transformer.dropout=0.0", "source=images"]), ("clip", [])],
+     ("gpt", []), ("gpt", ["transformer.dropout=0.0", "source=images"]), ("gpt", ["training.optimizer.kind=muon"]),
+     ("clip", [])],
 )  # fmt: skip
 def test_a_run_that_was_interrupted_and_resumed_ends_with_the_same_weights(
     stage: str, more: list[str], train, weights, monkeypatch, tmp_path: Path
@@ -232,7 +233,7 @@ def test_the_first_and_the_last_update_use_the_scheduled_rate(stage: str, train,
 
 def test_weight_decay_acts_on_matrices_only(make_gpt) -> None:
     gpt: GPT = make_gpt()
-    decayed, kept = build_adamw(gpt, OptimizerConfig(weight_decay=0.3)).param_groups
+    decayed, kept = build_optimizer(gpt, OptimizerConfig(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     names = {id(p): name for name, p in gpt.named_parameters()}
     free = {name for name in names.values() if "norm" in name or name == "embedding.weight"}

@@ -24,6 +24,7 @@ from vqt2i.training.batches import Batch
 from vqt2i.training.checkpoints import checkpoint_path, damage
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig, train_clip
 from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
+from vqt2i.training.optim import OptimizerConfig
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import (
     CPUDeepSpeedStrategy,
@@ -49,6 +50,7 @@ PUBLISHED = [
     "mlp: gelu, bias: true, pb_relax: true}",
     "positions=learned", "padding=learned", "sparsity={kind: row_column, conv_size: 3}",
 ]  # fmt: skip
+MUON = ["name=muon", "training.optimizer.kind=muon"]
 ZERO = {f"zero-{stage}": [f"deepspeed.zero_stage={stage}"] for stage in range(4)} | {
     "zero-3-offloaded": ["deepspeed={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}"],
     "zero-3-published": ["deepspeed.zero_stage=3", "training.activation_checkpointing=true", *PUBLISHED],
@@ -73,6 +75,10 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4), name
 
 
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return sum((a[name] - b[name]).square().sum() for name in a).sqrt().item()
+
+
 def test_deepspeed_trains_the_weights_of_a_plain_run_broken_or_not_and_skips_what_it_skips(
     train, weights, overrides, monkeypatch, tmp_path: Path
 ) -> None:
@@ -94,8 +100,12 @@ def test_two_ranks_train_the_weights_of_one_process_and_go_on_with_the_dropout_o
     train, weights, overrides, tmp_path: Path
 ) -> None:
     runs = launch(tmp_path, overrides, deepspeed=False, devices=2)
-    assert sorted(path.name for path in runs.iterdir()) == ["broken", "clip", "gpt", "whole"]
-    assert_close(weights(runs / "gpt"), weights(train("gpt", *STEPS, *FAIR)))
+    assert sorted(path.name for path in runs.iterdir()) == ["broken", "clip", "gpt", "muon", "whole"]
+    plain = weights(train("gpt", *STEPS, *FAIR))
+    assert_close(weights(runs / "gpt"), plain)
+    # Muon's iteration is in bf16, which magnifies what the order of sums rounds
+    alone = weights(train("gpt", *STEPS, *FAIR, *MUON))
+    assert distance(weights(runs / "muon"), alone) < 0.02 * distance(plain, alone)
     assert_close(weights(runs / "clip"), weights(train("clip", *STEPS)))
     whole, broken = weights(runs / "whole"), weights(runs / "broken")
     assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
@@ -182,15 +192,22 @@ def test_offload_is_written_into_deepspeeds_json() -> None:
 def test_a_users_json_wins_and_may_not_contradict_the_batch_size(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 1}}')
-    chosen = choose_deepspeed(path, DeepSpeedConfig(zero_stage=3), 4)
+    chosen = choose_deepspeed(path, DeepSpeedConfig(zero_stage=3), OptimizerConfig(), 4)
     assert chosen == {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 4}
-    assert choose_deepspeed(False, DeepSpeedConfig(), 4) is None
+    assert choose_deepspeed(False, DeepSpeedConfig(), OptimizerConfig(kind="muon"), 4) is None
     path.write_text('{"train_micro_batch_size_per_gpu": 5}')
     with pytest.raises(ConfigError, match="5, but the settings give 4"):
-        choose_deepspeed(path, DeepSpeedConfig(), 4)
+        choose_deepspeed(path, DeepSpeedConfig(), OptimizerConfig(), 4)
     path.write_text('{"gradient_accumulation_steps": 2}')
     with pytest.raises(ConfigError, match=r"set that instead"):
-        choose_deepspeed(path, DeepSpeedConfig(), 4)
+        choose_deepspeed(path, DeepSpeedConfig(), OptimizerConfig(), 4)
+
+
+@pytest.mark.parametrize("stage", ["gpt", "clip"])
+def test_muon_under_deepspeed_is_refused_before_anything_is_written(stage: str, train, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kind 'muon' does not train under DeepSpeed.*or use 'adamw'"):
+        train(stage, "training.optimizer.kind=muon", deepspeed=True)
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_the_strategy_follows_from_devices_and_deepspeed() -> None:
@@ -258,6 +275,7 @@ def run_rank(job: dict) -> None:
     gpt()
     if not job["deepspeed"]:
         clip()
+        gpt(*MUON)
         dropping = ["vision.dropout=0.5", "text.dropout=0.5"]
         CLIPModule.on_train_start = draw_otherwise_on_each_rank
         clip("name=whole", *dropping)

@@ -18,7 +18,7 @@ from vqt2i.text import TextTokenizer
 from vqt2i.training.batches import Batch
 from vqt2i.training.compiled import compile_for_training
 from vqt2i.training.launch import find_world
-from vqt2i.training.optim import OptimizerConfig, scheduled_adamw
+from vqt2i.training.optim import OptimizerConfig, scheduled_optimizer
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
@@ -73,7 +73,7 @@ class CLIPModule(L.LightningModule):
         self._last_n_pairs = 0
 
     def configure_optimizers(self) -> Any:
-        return scheduled_adamw(self.clip, self.config.optimizer, self.max_steps, cpu_adam=self.cpu_adam)
+        return scheduled_optimizer(self.clip, self.config.optimizer, self.max_steps, cpu_adam=self.cpu_adam)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         encode_image, encode_text = self.training_encoders
@@ -151,7 +151,8 @@ def train_clip(config: CLIPRunConfig, runs: Path, *, resume: Resume, deepspeed: 
     tokenizer_card = {"path": str(config.text_tokenizer), "fingerprint": tokenizer.fingerprint}
     module = CLIPModule(CLIP(clip_config), config.training, config.trainer.max_steps)
     n_devices = find_world(config.trainer.devices).size
-    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.trainer.micro_batch_size(n_devices))
+    micro_batch_size = config.trainer.micro_batch_size(n_devices)
+    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.training.optimizer, micro_batch_size)
     module.cpu_adam = wants_cpu_adam(ds_json)
     return fit(
         module,

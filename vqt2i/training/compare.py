@@ -14,7 +14,7 @@ from vqt2i.gpt import GPT, GPTConfig, LossWeights, gpt_loss
 from vqt2i.runtime import Precision, matmul_rate
 from vqt2i.text import TextBatch
 from vqt2i.training.compiled import compile_for_training
-from vqt2i.training.optim import OptimizerConfig, build_adamw
+from vqt2i.training.optim import OptimizerConfig, build_optimizer
 from vqt2i.training.plan import training_flops
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
@@ -85,7 +85,7 @@ def compare_training(
     }
     jobs = {}
     for name, (model, loss_of) in contestants.items():
-        optimizer = build_adamw(model, OptimizerConfig())
+        optimizer = build_optimizer(model, OptimizerConfig())
         jobs[name] = _training_step(loss_of, optimizer, autocast(device, precision))
         if compiled:
             jobs[f"{name}, compiled"] = _training_step(
@@ -144,7 +144,7 @@ def compare_tokenizers(
         return (out.sample - images).abs().mean() + out.commit_loss
 
     def step(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        return _training_step(loss_of, build_adamw(model, OptimizerConfig()), autocast(device, "fp32"))
+        return _training_step(loss_of, build_optimizer(model, OptimizerConfig()), autocast(device, "fp32"))
 
     ours.eval(), theirs.eval()
     encode = time_in_turns({"vqt2i": lambda: ours.encode(images), "diffusers": their_ids}, n_rounds, device)

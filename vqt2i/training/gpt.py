@@ -65,7 +65,7 @@ from vqt2i.training.finetune import (
     save_adapter,
 )
 from vqt2i.training.launch import find_world
-from vqt2i.training.optim import OptimizerConfig, scheduled_adamw
+from vqt2i.training.optim import OptimizerConfig, scheduled_optimizer
 from vqt2i.training.plan import hardware_of, require_fits, setting_of, training_flops
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples, token_samples
@@ -258,7 +258,7 @@ class GPTModule(L.LightningModule):
         return self._frozen[0].to(self.device)
 
     def configure_optimizers(self) -> Any:
-        return scheduled_adamw(self.gpt, self.config.optimizer, self.max_steps, cpu_adam=self.cpu_adam)
+        return scheduled_optimizer(self.gpt, self.config.optimizer, self.max_steps, cpu_adam=self.cpu_adam)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         batch = self.prepared(batch)
@@ -389,7 +389,7 @@ def train_gpt(
             started["reversed_share"] = max(config.training.reversed_share, before)
     world, device = find_world(config.trainer.devices), pick_device()
     micro_batch_size = config.trainer.micro_batch_size(world.size)
-    ds_json = choose_deepspeed(deepspeed, config.deepspeed, micro_batch_size)
+    ds_json = choose_deepspeed(deepspeed, config.deepspeed, config.training.optimizer, micro_batch_size)
     if not (config.training.frozen or config.training.lora):  # which need less, and how much less is not planned
         require_fits(
             gpt_config,

@@ -24,6 +24,7 @@ from torch.nn.utils import get_total_norm
 from vqt2i.errors import UserError
 from vqt2i.files import write_atomic
 from vqt2i.runtime import is_first_process, say
+from vqt2i.training.optim import GUARDED
 
 MAX_SAVED_BATCHES = 10
 
@@ -69,7 +70,7 @@ class StepGuard(L.Callback):
         self._flags = torch.zeros(2, device=module.device)
         self._not_finite, self._stop = self._flags.unbind()
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, torch.optim.AdamW):
+            if isinstance(optimizer, GUARDED):
                 optimizer.found_inf = self._not_finite  # read by its kernel, on the device
         parameters = {id(p) for p in module.parameters()}
         self._buffers = [b for b in module.state_dict(keep_vars=True).values() if id(b) not in parameters]
@@ -98,7 +99,7 @@ class StepGuard(L.Callback):
             dist.all_reduce(self._flags, dist.ReduceOp.MAX)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        if isinstance(optimizer, torch.optim.AdamW):  # else DeepSpeed's, which looks at the gradients itself
+        if isinstance(optimizer, GUARDED):  # else DeepSpeed's, which looks at the gradients itself
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._not_finite.logical_or_(~get_total_norm(gradients).isfinite())  # of all ranks: they are reduced
 

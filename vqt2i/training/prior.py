@@ -15,7 +15,7 @@ from vqt2i.generation.find import find_scorer
 from vqt2i.text import load_tokenizer
 from vqt2i.training.batches import Batch
 from vqt2i.training.conditions import require_own_tokenizer
-from vqt2i.training.optim import OptimizerConfig, scheduled_adamw
+from vqt2i.training.optim import OptimizerConfig, scheduled_optimizer
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
@@ -54,7 +54,7 @@ class PriorModule(L.LightningModule):
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def configure_optimizers(self) -> Any:
-        return scheduled_adamw(self.prior, self.config.optimizer, self.max_steps)
+        return scheduled_optimizer(self.prior, self.config.optimizer, self.max_steps)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         image_BE, text_BE = self._embedded(batch)

@@ -21,6 +21,7 @@ from vqt2i.files import PARTIAL_PREFIX
 from vqt2i.runtime import is_first_process, say
 from vqt2i.training.checkpoints import disk_errors
 from vqt2i.training.deepspeed_checkpoint import n_shards, only_data_is_loaded, write_universal
+from vqt2i.training.optim import OptimizerConfig
 
 Offload = Literal["cpu", "nvme"]
 
@@ -190,14 +191,20 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def choose_deepspeed(asked: bool | Path, config: DeepSpeedConfig, micro_batch_size: int) -> dict[str, Any] | None:
+def choose_deepspeed(
+    asked: bool | Path, config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
+) -> dict[str, Any] | None:
     """DeepSpeed's own configuration: a user's JSON, or for true one from the settings; None where it is not asked for.
 
     Raises:
-        ConfigError: the user's JSON cannot be read, or says otherwise than the settings.
+        ConfigError: the user's JSON cannot be read, or says otherwise than the settings; Muon, whose step needs whole
+            matrices where ZeRO flattens and deals them out.
     """
     if asked is False:
         return None
+    if optimizer.kind == "muon":
+        raise ConfigError("training.optimizer.kind 'muon' does not train under DeepSpeed; leave --deepspeed out "
+                          "(several processes then train by DDP), or use 'adamw'")  # fmt: skip
     if asked is True:
         return deepspeed_json(config, micro_batch_size)
     values = read_deepspeed_json(asked)

@@ -15,7 +15,7 @@ from vqt2i.checkpoint import load_model
 from vqt2i.config import Config
 from vqt2i.training.batches import Batch
 from vqt2i.training.finetune import find_base, require_described
-from vqt2i.training.optim import OptimizerConfig, build_adamw, learning_rate_at
+from vqt2i.training.optim import OptimizerConfig, build_optimizer, learning_rate_at
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
@@ -111,7 +111,7 @@ class VQGANModule(L.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         trained = [self.model] if self.discriminator is None else [self.model, self.discriminator]
-        return [build_adamw(module, self.config.optimizer) for module in trained]
+        return [build_optimizer(module, self.config.optimizer) for module in trained]
 
     @property
     def discriminator_started(self) -> bool:
