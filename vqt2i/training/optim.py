@@ -19,7 +19,7 @@ class OptimizerConfig(Config):
     """Linear warm-up, then cosine decay to `final_share` of the peak.
 
     kind: "muon" is Muon for the matrices of transformer blocks and AdamW for the rest, at the same learning rate: its
-        steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, eq. 4). docs/training.md compares.
+        steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, eq. 4). docs/scaling.md compares.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
