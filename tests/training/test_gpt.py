@@ -9,10 +9,10 @@ from vqt2i.data.shards import DataSet
 from vqt2i.errors import ConfigError
 from vqt2i.generation.find import open_pipeline
 from vqt2i.generation.sampling import SamplingConfig
-from vqt2i.gpt import GPT, GPTConfig, LossWeights, TextCondition, gpt_loss
+from vqt2i.gpt import GPT, GPTConfig, LabelCondition, LossWeights, TextCondition, gpt_loss
 from vqt2i.text import TextBatch, pad_texts
 from vqt2i.training.batches import Batch
-from vqt2i.training.gpt import GPTModule, GPTTrainingConfig, example_prompts
+from vqt2i.training.gpt import GPTModule, GPTTrainingConfig, example_prompts, noised
 
 
 @pytest.fixture
@@ -52,6 +52,48 @@ def test_the_shares_of_reversed_rows_and_dropped_texts_are_as_configured(
     torch.testing.assert_close(module.training_step(batch, 0), expected.total)
     assert module.told["train/text_from_image"] == expected.text_from_image and module.told["train/lr"] == 0.25
     assert batch.text.n_ids_B.tolist() == [2] * 8
+
+
+def test_ids_are_read_wrongly_and_predicted_rightly_and_where_a_caption_is_predicted_read_rightly(
+    gpt: GPT, tiny_vq, batch: Batch, monkeypatch
+) -> None:
+    module = make_module(gpt, tiny_vq, monkeypatch, reversed_share=0.25, null_share=0, noise_share=0.3)
+    ids = batch.image_ids.flatten(1)
+    torch.manual_seed(0)
+    found = module.training_step(batch, 0)
+    torch.manual_seed(0)
+    read = torch.cat((ids[:2], noised(ids[2:], 0.3, 16)))
+    expected = gpt_loss(gpt, batch.text, ids, 2, LossWeights(), read)
+    plain = gpt_loss(gpt, batch.text, ids, 2, LossWeights())
+    torch.testing.assert_close(found, expected.total)
+    assert expected.text_from_image == plain.text_from_image and expected.text == plain.text
+    assert expected.image != plain.image
+    module.validation_step(batch, 0)
+    assert module.told["val/image"] == gpt_loss(gpt, batch.text, ids, 0, LossWeights()).image
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_what_is_read_moves_the_predictions_and_not_what_is_to_be_predicted(
+    by_class: bool, gpt: GPT, batch: Batch, make_gpt
+) -> None:
+    ids, condition = batch.image_ids.flatten(1), batch.text
+    if by_class:
+        gpt = make_gpt(condition=LabelCondition(n_labels=2))
+        condition, ids = torch.zeros(8, dtype=torch.long), ids[:, :6] % 6
+    plain = gpt_loss(gpt, condition, ids, 0, LossWeights()).image
+    last, first = ids.clone(), ids.clone()
+    last[:, -1], first[:, 0] = (ids[:, -1] + 1) % 6, (ids[:, 0] + 1) % 6
+    assert gpt_loss(gpt, condition, ids, 0, LossWeights(), last).image == plain  # nothing is predicted from the last
+    assert gpt_loss(gpt, condition, ids, 0, LossWeights(), first).image != plain
+
+
+def test_of_each_image_another_share_of_ids_is_wrong() -> None:
+    torch.manual_seed(0)
+    ids = torch.zeros(400, 500, dtype=torch.long)
+    wrong_B = (noised(ids, 0.2, 1000) != 0).float().mean(1)
+    assert wrong_B.mean().item() == pytest.approx(0.2, abs=0.015) and wrong_B.max() < 0.47
+    assert wrong_B.min() < 0.03 and wrong_B.max() > 0.35
+    assert torch.equal(noised(ids, 0.0, 1000), ids)
 
 
 def test_without_reversed_rows_their_losses_are_not_logged(gpt: GPT, tiny_vq, batch: Batch, monkeypatch) -> None:

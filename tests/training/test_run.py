@@ -73,7 +73,8 @@ def test_a_run_leaves_config_metrics_a_checkpoint_and_a_model_that_loads(stage: 
     [("vqgan", []), ("vqgan", ["training.loss.adversarial={channels: 4, n_layers: 2, start_share: 0.3}"]),
      ("vqgan", ["model.quantizer={kind: gumbel, codebook_size: 16}"]),
      ("vqgan", ["model.quantizer={kind: residual, codebook_size: 8}"]),
-     ("gpt", []), ("gpt", ["transformer.dropout=0.0", "source=images"]), ("gpt", ["training.optimizer.kind=muon"]),
+     ("gpt", []), ("gpt", ["transformer.dropout=0.0", "source=images"]),
+     ("gpt", ["training.optimizer.kind=muon", "training.noise_share=0.2"]),
      ("clip", [])],
 )  # fmt: skip
 def test_a_run_that_was_interrupted_and_resumed_ends_with_the_same_weights(

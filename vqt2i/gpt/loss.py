@@ -36,20 +36,27 @@ class GPTLoss(NamedTuple):
     image_unconditional: Tensor
 
 
-def gpt_loss(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights) -> GPTLoss:
+def gpt_loss(
+    gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: int, weights: LossWeights,
+    read_BI: Tensor | None = None,
+) -> GPTLoss:  # fmt: skip
     """Loss of a batch whose first `n_reversed` rows are read image → text and the others condition → image.
 
     In the reversed order the image comes first, so its loss is that of an unconditional image model. A GPT without that
     order has no rows reversed; a condition that is not a text alone is never predicted either, so that of the loss
     there is the image's part alone.
+
+    Args:
+        read_BI: the ids that are read where `image_BI` are to be predicted; None reads the same.
     """
+    read_BI = image_BI if read_BI is None else read_BI
     if not gpt.layout.has_both_orders:
         assert n_reversed == 0
-        return _loss_in_one_order(gpt, condition, image_BI, weights)
+        return _loss_in_one_order(gpt, condition, image_BI, weights, read_BI)
     text: TextBatch = condition
     layout, n = gpt.layout, n_reversed
-    back = layout.join_reversed(TextBatch(*(t[:n] for t in text)), image_BI[:n])
-    forth = layout.join(TextBatch(*(t[n:] for t in text)), image_BI[n:])
+    back = layout.join_reversed(TextBatch(*(t[:n] for t in text)), read_BI[:n])
+    forth = layout.join(TextBatch(*(t[n:] for t in text)), read_BI[n:])
     whole = back.cat(forth)
     hidden = gpt(whole.until(-1))
 
@@ -82,8 +89,10 @@ def gpt_loss(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, n_reversed: 
     return GPTLoss(total=total, **parts)
 
 
-def _loss_in_one_order(gpt: GPT, condition: ConditionBatch, image_BI: Tensor, weights: LossWeights) -> GPTLoss:
-    whole = gpt.reader(condition).then(gpt.layout.image_part(image_BI))
+def _loss_in_one_order(
+    gpt: GPT, condition: ConditionBatch, image_BI: Tensor, weights: LossWeights, read_BI: Tensor
+) -> GPTLoss:
+    whole = gpt.reader(condition).then(gpt.layout.image_part(read_BI))
     hidden = gpt(whole.until(-1))
     nll, z = token_nll(gpt.image_logits(hidden[:, gpt.layout.image_targets(reversed_order=False)]), image_BI)
     none = nll.new_full((), torch.nan)

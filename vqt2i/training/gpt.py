@@ -78,6 +78,9 @@ from vqt2i.vq import AnyImageTokenizer
 class GPTTrainingConfig(Config):
     """reversed_share: of a batch, read image → text. null_share: of the others, text dropped (for guidance).
 
+    noise_share: of the ids of an image, those that are read wrongly while it is drawn (see `noised`), so that what it
+        shows is taken from the text rather than from the ids before. docs/scaling.md tells what for.
+
     start_from: a GPT to go on training from, instead of random weights: its model folder, its run or its pipeline.
         frozen: parts of it that stay as they are. lora: to train adapters of it alone (see `LoRAConfig`).
     activation_checkpointing: blocks compute their activations again instead of keeping them: a third more time for a
@@ -88,6 +91,7 @@ class GPTTrainingConfig(Config):
     loss: LossWeights = LossWeights()
     reversed_share: float = Field(0.15, ge=0, le=1)
     null_share: float = Field(0.1, ge=0, lt=1)
+    noise_share: float = Field(0.0, ge=0, le=0.5)
     start_from: Path | None = None
     frozen: tuple[Part, ...] = ()
     lora: LoRAConfig | None = None
@@ -230,6 +234,16 @@ def tokenizer_sizes(text: TextTokenizer, image: AnyImageTokenizer) -> TokenizerS
     )  # fmt: skip
 
 
+def noised(ids_BI: Tensor, share: float, n_ids: int) -> Tensor:
+    """The ids with some replaced by any of `n_ids`: of each image another share, from 0 to twice `share`.
+
+    Data noising (Xie et al. 2017, arXiv 1703.02573) by uniform ids.
+    """
+    share_B1 = 2 * share * torch.rand(len(ids_BI), 1, device=ids_BI.device)
+    is_wrong_BI = torch.rand(ids_BI.shape, device=ids_BI.device) < share_B1
+    return torch.where(is_wrong_BI, torch.randint_like(ids_BI, n_ids), ids_BI)
+
+
 class GPTModule(L.LightningModule):
     """Joins the GPT, its loss, a frozen image tokenizer and perhaps a frozen scorer. Checkpoints hold the GPT alone."""
 
@@ -266,7 +280,11 @@ class GPTModule(L.LightningModule):
         dropped = batch.chance_B < self.config.null_share
         dropped[:n_reversed] = False  # a caption to be predicted stays
         condition = self.gpt.reader.dropped(self.conditioner.of_images(batch, training=True), dropped)
-        loss = self.training_loss(self.gpt, condition, self.image_ids(batch), n_reversed, self.config.loss)
+        ids = read = self.image_ids(batch)
+        if self.config.noise_share:
+            drawn = noised(ids[n_reversed:], self.config.noise_share, self.gpt.layout.config.n_image_ids)
+            read = torch.cat((ids[:n_reversed], drawn))
+        loss = self.training_loss(self.gpt, condition, ids, n_reversed, self.config.loss, read)
         # told from the counts, for asking the values which are NaN would make the host wait for the GPU
         forth = ["image", "text"] if self.gpt.layout.predicts_text else ["image"]
         names = ["total"] + forth * (n_reversed < len(dropped))
