@@ -1,6 +1,7 @@
 """The machine under us: seeds and random streams, device, precision, threads, progress and messages."""
 
 import ctypes
+import gc
 import hashlib
 import itertools
 import os
@@ -313,6 +314,7 @@ def measured_peak(device: "torch.device", work: Callable[[], T]) -> tuple[T, int
     """
     import torch
 
+    gc.collect()  # garbage that were let go meanwhile would hide as large a rise
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
