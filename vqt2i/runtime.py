@@ -314,7 +314,10 @@ def measured_peak(device: "torch.device", work: Callable[[], T]) -> tuple[T, int
     """
     import torch
 
-    gc.collect()  # garbage that were let go meanwhile would hide as large a rise
+    gc.collect()  # what is garbage, and what malloc keeps of freed blocks, would hide as large a rise
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
