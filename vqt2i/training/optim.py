@@ -58,11 +58,22 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.found_inf is not None:
-            self.adamw.found_inf = self.found_inf
-        self.adamw.step()
-        if self.found_inf is None or not self.found_inf:  # on a GPU this waits for the backward pass
+        if self.found_inf is None:
+            self.adamw.step()
             self.muon.step()
+            return loss
+        self.adamw.found_inf = self.found_inf
+        self.adamw.step()
+        # torch's Muon reads no flag, and asking for it here would make the host wait for the GPU: what it did is undone
+        matrices = [p for group in self.muon.param_groups for p in group["params"] if p.grad is not None]
+        for p in matrices:
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        changed = [x for p in matrices for x in (p.detach(), self.state[p]["momentum_buffer"])]
+        before = [x.clone() for x in changed]
+        self.muon.step()
+        skipped = self.found_inf.bool()
+        for x, old in zip(changed, before, strict=True):
+            x.copy_(torch.where(skipped, old, x))
         return loss
 
 
