@@ -99,3 +99,10 @@ def test_a_step_that_is_not_finite_changes_nothing(make_gpt) -> None:
 def test_muon_for_what_has_no_transformer_is_an_error(tiny_vq) -> None:
     with pytest.raises(ConfigError, match=r"'muon', which is for the matrices of transformer blocks.*use 'adamw'"):
         build_optimizer(tiny_vq, CONFIG)
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "prior"])
+def test_a_stage_without_a_transformer_refuses_muon_before_anything_is_written(stage: str, train, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.optimizer.*'muon' is for the matrices of transformer blocks"):
+        train(stage, "training.optimizer.kind=muon")
+    assert not list(tmp_path.glob("runs/*"))

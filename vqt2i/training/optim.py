@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from vqt2i.config import Config
@@ -29,6 +29,17 @@ class OptimizerConfig(Config):
     weight_decay: NonNegativeFloat = 0.05
     warmup_steps: NonNegativeInt = 50
     final_share: float = Field(0.02, ge=0, le=1)
+
+
+def _without_muon(config: OptimizerConfig) -> OptimizerConfig:
+    if config.kind == "muon":
+        raise ValueError("kind 'muon' is for the matrices of transformer blocks, and nothing that is trained here has "
+                         "any; use 'adamw'")  # fmt: skip
+    return config
+
+
+AdamWConfig = Annotated[OptimizerConfig, AfterValidator(_without_muon)]
+"""Of a stage without transformer blocks, told before its run begins."""
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

@@ -15,7 +15,7 @@ from vqt2i.generation.find import find_scorer
 from vqt2i.text import load_tokenizer
 from vqt2i.training.batches import Batch
 from vqt2i.training.conditions import require_own_tokenizer
-from vqt2i.training.optim import OptimizerConfig, scheduled_optimizer
+from vqt2i.training.optim import AdamWConfig, OptimizerConfig, scheduled_optimizer
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
@@ -23,7 +23,7 @@ from vqt2i.training.throughput import SampleWork
 
 
 class PriorTrainingConfig(Config):
-    optimizer: OptimizerConfig = OptimizerConfig(beta2=0.98, weight_decay=0.1)
+    optimizer: AdamWConfig = OptimizerConfig(beta2=0.98, weight_decay=0.1)
 
 
 class PriorRunConfig(Config):

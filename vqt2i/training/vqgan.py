@@ -15,7 +15,7 @@ from vqt2i.checkpoint import load_model
 from vqt2i.config import Config
 from vqt2i.training.batches import Batch
 from vqt2i.training.finetune import find_base, require_described
-from vqt2i.training.optim import OptimizerConfig, build_optimizer, learning_rate_at
+from vqt2i.training.optim import AdamWConfig, OptimizerConfig, build_optimizer, learning_rate_at
 from vqt2i.training.run import DataConfig, StageData, TrainerConfig, fit, open_dataset, stage_card
 from vqt2i.training.samples import image_samples
 from vqt2i.training.start import Resume
@@ -43,7 +43,7 @@ class VQGANTrainingConfig(Config):
         that was trained on them draws through the new decoder too.
     """
 
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.0)
+    optimizer: AdamWConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.0)
     loss: VQGANLossConfig = VQGANLossConfig()
     ema_decay: float = Field(0.995, ge=0, lt=1)
     max_gradient_norm: PositiveFloat | None = 1.0
