@@ -36,7 +36,7 @@ from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.runtime import say
 
 ROOT = Path(__file__).parents[1]
-IMAGE_TOKENIZER = "vqt2i/pretrained/shapes/vq"
+IMAGE_TOKENIZER = "vqt2i/pretrained/shapes32/vq"
 BATCH_SIZE, LEARNING_RATE = 24, 4e-3
 KINDS = ("single_seen", "single_unseen", "two_seen")
 EXPONENTS = np.arange(0.1, 2.01, 0.1)

@@ -149,7 +149,7 @@ def train(run: Run, samples: TokenSamples, layout: LayoutConfig, n_steps: int) -
 def shapes() -> tuple[TokenSamples, LayoutConfig]:
     """The embedded data set's ids by the shipped tokenizers, made where they are not there yet."""
     dataset, tokenizer = open_dataset(DataConfig()), TextTokenizer.load(Path("tokenizers/bilingual.model"))
-    _, vq = find_image_tokenizer(Path("vqt2i/pretrained/shapes/vq"), Path("runs"))
+    _, vq = find_image_tokenizer(Path("vqt2i/pretrained/shapes32/vq"), Path("runs"))
     store, grid = ensure_store(dataset, vq, tokenizer, ("train", "val")), vq.config.grid_height
     return TokenSamples(store.split("train"), 0), LayoutConfig(
         n_text_ids=tokenizer.n_ids, n_image_ids=vq.config.vocab_size, text_length=TEXT_LENGTH, grid_height=grid,

@@ -123,8 +123,8 @@ def test_prompts_come_from_a_table_and_another_judge_judges(
     assert alignment.protocol["ranked_by"] is None and {row.where["of"] for row in alignment.rows} == {1}
     assert not [row for row in alignment.rows if row.name == "right"]  # an astronaut is no shape
     shutil.copytree(model_folders, "other")
-    assert "judge text " in fails(*command, "--judge", "shapes")
-    assert main([*command[:-1], "p", "--judge", "shapes"]) == 0
+    assert "judge text " in fails(*command, "--judge", "shapes32")
+    assert main([*command[:-1], "p", "--judge", "shapes32"]) == 0
     judged = read_result(Path("p")).measures["alignment"]
     assert judged.protocol["judge"] != alignment.protocol["judge"]
     assert "judge.text " in fails("compare", "o", "p")
@@ -132,7 +132,7 @@ def test_prompts_come_from_a_table_and_another_judge_judges(
 
 def test_the_oracle_judges_drawn_prompts(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--kinds", "single_seen,full_seen", "--n-prompts", "2", "--rerank", "1"]
-    assert main(["evaluate", "shapes", *options]) == 0
+    assert main(["evaluate", "shapes32", *options]) == 0
     rows = read_result(Path("evaluations/0001")).measures["alignment"].rows
     found = {(row.name, row.where["group"]): row for row in rows}
     assert {"right", "count", "colour", "shape"} <= {name for name, _ in found}
@@ -142,7 +142,7 @@ def test_the_oracle_judges_drawn_prompts(in_empty_folder: Path, capsys: pytest.C
 
 def test_captions_of_rendered_scenes_are_judged(in_empty_folder: Path) -> None:
     options = ["--measure", "captions", "--kinds", "single_seen", "--n-prompts", "2", "--out", "o"]
-    assert main(["evaluate", "shapes", *options]) == 0
+    assert main(["evaluate", "shapes32", *options]) == 0
     captions = read_result(Path("o")).measures["captions"]
     assert {row.name for row in captions.rows} == {"right", "colour_shape", "sentence"}
     assert captions.protocol["n_scenes"] == 2 and captions.protocol["how"]["n_beams"]
@@ -151,7 +151,7 @@ def test_captions_of_rendered_scenes_are_judged(in_empty_folder: Path) -> None:
 def test_results_of_another_model_are_not_mixed_in(evaluate, model_folders: Path, fails) -> None:
     assert evaluate("--split", "train", "--measure", "reconstruction", "--out", "o") == 0
     before = Path("o/result.json").read_bytes()
-    assert "o: holds results of another model (" in fails("evaluate", "shapes", "--out", "o")
+    assert "o: holds results of another model (" in fails("evaluate", "shapes32", "--out", "o")
     assert Path("o/result.json").read_bytes() == before
     Path("notes").mkdir()
     Path("notes/x").touch()

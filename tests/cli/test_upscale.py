@@ -107,7 +107,7 @@ def test_pictures_of_another_image_tokenizer_are_drawn_from_their_pixels(
         (["in.png", "--negative", "x"], "acts on no token"),
         (["in.png", "--rerank", 4], "unrecognized arguments: --rerank 4"),
         (["in.png", "--out", "in.png"], "in.png: exists already"),
-        (["in.png", "--model", "shapes"], "this GPT reads a text and cannot upscale"),
+        (["in.png", "--model", "shapes32"], "this GPT reads a text and cannot upscale"),
         (["in.png", "--model", "none"], "none: no such folder"),
     ],
 )

@@ -33,12 +33,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 @pytest.fixture
 def pipeline() -> TextToImage:
     torch.manual_seed(0)
-    return TextToImage.load(SHIPPED / "shapes", "cpu")
+    return TextToImage.load(SHIPPED / "shapes32", "cpu")
 
 
 @pytest.fixture(scope="module")
 def whole(dataset: DataSet) -> Diagnosis:
-    return diagnose(TextToImage.load(SHIPPED / "shapes", "cpu"), dataset, CONFIG)
+    return diagnose(TextToImage.load(SHIPPED / "shapes32", "cpu"), dataset, CONFIG)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ FOLDERS = sorted(path.parent for path in SHIPPED.glob(f"*/{PIPELINE}"))
 
 @pytest.fixture(scope="module")
 def shapes() -> TextToImage:
-    return TextToImage.load(SHIPPED / "shapes", "cpu")
+    return TextToImage.load(SHIPPED / "shapes32", "cpu")
 
 
 def fallen(pipeline: TextToImage, folder: Path) -> set[str]:
@@ -85,7 +85,7 @@ def test_the_gate_is_not_passed_with_something_broken(
     shapes: TextToImage, monkeypatch: pytest.MonkeyPatch, damage: Callable[[pytest.MonkeyPatch], None], seen_in: set
 ) -> None:
     damage(monkeypatch)
-    found = fallen(shapes, SHIPPED / "shapes")
+    found = fallen(shapes, SHIPPED / "shapes32")
     assert seen_in <= found
     if damage is break_rerank:
         assert not found & {"right", "r_precision", "clip_score", "psnr"}  # what is drawn is as good

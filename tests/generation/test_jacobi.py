@@ -135,7 +135,7 @@ def test_other_seeds_and_candidates_draw_other_images(wilful) -> None:
 
 
 def test_the_shipped_weights_take_less_than_half_as_many_passes_as_tokens() -> None:
-    pipeline = TextToImage.load(SHIPPED / "shapes", "cpu")
+    pipeline = TextToImage.load(SHIPPED / "shapes32", "cpu")
     sampling = pipeline.config.sampling.model_copy(update={"jacobi_window": 16})
     samples = pipeline.generate(pipeline.config.example_prompts[:3], n=2, sampling=sampling)
     assert sum(sample.n_passes for sample in samples) < 0.5 * 64 * len(samples)

@@ -106,7 +106,7 @@ def test_the_tool_fits_and_a_gpt_takes_it_only_where_it_is_named(
     assert main(["train_vqgan", "--config", "p.yaml", "--set", "name=mine"]) == 0
     assert "runs/mine/model: 10 colours from 24 images of 8 px" in capsys.readouterr().err
     folder, tokenizer = find_image_tokenizer(None, Path("runs"))
-    assert folder.parts[-3:] == ("pretrained", "shapes", "vq") and not isinstance(tokenizer, PaletteTokenizer)
+    assert folder.parts[-3:] == ("pretrained", "shapes32", "vq") and not isinstance(tokenizer, PaletteTokenizer)
     assert isinstance(find_image_tokenizer(Path("runs/mine/model"), Path("runs"))[1], PaletteTokenizer)
 
 

@@ -24,7 +24,7 @@ _KINDS: dict[Kind, str] = {"gpt": "a GPT run", "upscaler": "a run for super-reso
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 DRAWN_BY = "emoji"
 """The shipped pipeline that draws where none is named or trained."""
-TRAINED_WITH = "shapes"
+TRAINED_WITH = "shapes32"
 """The shipped pipeline whose parts a training takes where none is named or trained: they fit the embedded data set."""
 
 
