@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
 
 from vqt2i import processes
 from vqt2i.errors import ResourceError, UserError
-from vqt2i.processes import PARENT, STOPPED, Place, Stopped, Tally, _watch, find_place
+from vqt2i.processes import PARENT, STOPPED, Place, Stopped, Tally, _watch, find_place, start_processes
 
 
 def process(code: str) -> subprocess.Popen:
@@ -108,3 +109,9 @@ def test_a_second_signal_does_not_wait() -> None:
     deaf = process("import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)")
     assert _watch([deaf], [2, 2]) == 130
     deaf.kill()
+
+
+def test_the_processes_run_this_code_and_not_what_is_called_so_in_the_current_folder(in_empty_folder: Path) -> None:
+    Path("vqt2i").mkdir()
+    Path("vqt2i/__init__.py").write_text("raise SystemExit(3)")
+    assert start_processes(1, ["generate", "--help"]) == 0

@@ -294,7 +294,8 @@ def start_processes(n: int, argv: Sequence[str]) -> int:
              PARENT: os.getpid()}  # fmt: skip
     shared = {"OMP_NUM_THREADS": str(max(1, n_cores // n))} | os.environ | {k: str(v) for k, v in place.items()}
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), shared.get("PYTHONPATH"))))
-    command = [sys.executable, "-c", "import sys; from vqt2i.cli import main; sys.exit(main(sys.argv[1:]))", *argv]
+    main = "import sys; from vqt2i.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-P", "-c", main, *argv]  # -P: not what is called vqt2i in the current folder
     signals: list[int] = []
     before = {number: signal.signal(number, lambda number, frame: signals.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
