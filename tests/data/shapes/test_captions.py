@@ -102,6 +102,16 @@ def test_exact_wording():
     assert {"an orange circle left of a cyan star", "a cyan star to the right of an orange circle"} <= left
 
 
+@pytest.mark.parametrize("background", [None, "white"])
+def test_both_chinese_orders_of_a_relation_are_as_common(background):
+    """A model that rarely reads "A在B的上面" takes it for "A上面有B"."""
+    rng = np.random.default_rng(0)
+    facts = Facts((ObjectFacts("circle", "orange"), ObjectFacts("star", "cyan")), "above", background)
+    said = [phrase(facts, "zh", rng) for _ in range(N)]
+    assert 0.4 < sum("在" in text for text in said) / N < 0.6
+    assert ("白色背景，橙色圆形在青色星形的上面" in said) == (background == "white")
+
+
 def test_facts_survive_json(captioned):
     for _, _, caption in captioned[:200]:
         assert Facts.from_json(json.loads(json.dumps(caption.facts.to_json()))) == caption.facts

@@ -89,12 +89,20 @@ def test_half_of_the_training_scenes_show_one_object_and_15_percent_three(train)
         assert abs(counts[n] / N - share) < 0.04
 
 
+def test_every_relation_is_as_common_as_the_others(train):
+    """Also `inside`, which fewer objects fit."""
+    counts = Counter(scene.relation for scene in train if scene.relation)
+    assert set(counts) == set(RELATIONS)
+    n = sum(counts.values())
+    assert all(abs(count - n / 5) < 4 * (n * 0.2 * 0.8) ** 0.5 for count in counts.values())
+
+
 def test_a_scene_depends_on_seed_split_and_index_only(train):
     assert [draw_scene(0, "train", index) for index in (7, 3)] == [train[7], train[3]]
     assert draw_scene(0, "train", 7) != draw_scene(1, "train", 7)
     assert draw_scene(0, "train", 7) != draw_scene(0, "val", 7)
     # written down: another platform or NumPy must draw the same
-    assert draw_scene(0, "train", 2).objects == (SceneObject("star", "cyan", "small", "solid", 14, 26),)
+    assert draw_scene(0, "train", 2).objects == (SceneObject("diamond", "red", "medium", "solid", 20, 16),)
 
 
 def test_boxes_keep_their_distance_unless_inside(train):

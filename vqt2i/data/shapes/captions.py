@@ -266,7 +266,7 @@ def _phrase_zh(facts: Facts, rng: np.random.Generator) -> str:
     elif facts.relation:
         a, relation, b = _said_from(facts, rng)
         where = f"{_noun_zh(b, rng)}{choose(rng, ('', '的'))}{RELATION_ZH[relation]}"
-        if facts.background or rng.random() < 0.5:
+        if rng.random() < 0.5:
             text = f"{where}有一个{_noun_zh(a, rng)}"
         else:
             text = f"{_noun_zh(a, rng)}在{where}"

@@ -110,8 +110,10 @@ def draw_scene(seed: int, split: Split, index: int) -> Scene:
     rng = np.random.default_rng(stream_seed("shapes scene", seed, split, index))
     shares = _UNSEEN_KINDS if split == "unseen" else _KINDS
     kind = choose(rng, tuple(shares), tuple(shares.values()))
-    while True:  # rejection; a few rounds at most
-        scene = _draw_kind(rng, kind)
+    # once, lest those that fewer objects fit ("inside") be redrawn and come out rarer
+    relation, unseen_relation = choose(rng, RELATIONS), choose(rng, HELD_OUT_RELATION)
+    while True:  # rejection
+        scene = _draw_kind(rng, kind, relation, unseen_relation)
         if scene is not None and bool(held_out_in(scene)) == (split == "unseen"):
             return scene
 
@@ -122,8 +124,13 @@ def single_scenes(seed: int, split: Split) -> Iterator[Scene]:
     return (scene for scene in scenes if len(scene.objects) == 1)
 
 
-def _draw_kind(rng: np.random.Generator, kind: str) -> Scene | None:
-    """A scene of one kind, or None where its objects found no room or are too alike. May hold what is held out."""
+def _draw_kind(
+    rng: np.random.Generator, kind: str, relation: Relation, unseen_relation: tuple[Relation, Shape, Shape]
+) -> Scene | None:
+    """A scene of one kind, or None where its objects found no room or are too alike. May hold what is held out.
+
+    relation, unseen_relation: what scenes of a relation show, by their kind.
+    """
     a, b, c = (_draw_object(rng) for _ in range(3))
     if kind == "one":
         return _spread(rng, [a])
@@ -134,9 +141,9 @@ def _draw_kind(rng: np.random.Generator, kind: str) -> Scene | None:
     if kind == "three":
         return _spread(rng, [a, b, c])
     if kind == "relation":
-        return _relate(rng, choose(rng, RELATIONS), a, b)
+        return _relate(rng, relation, a, b)
     if kind == "unseen relation":
-        relation, shape_a, shape_b = choose(rng, HELD_OUT_RELATION)
+        relation, shape_a, shape_b = unseen_relation
         return _relate(rng, relation, replace(a, shape=shape_a), replace(b, shape=shape_b))
     if kind == "unseen colour":
         colour, shape = choose(rng, HELD_OUT_COLOUR_SHAPE)
@@ -146,9 +153,9 @@ def _draw_kind(rng: np.random.Generator, kind: str) -> Scene | None:
         a = replace(a, shape=shape, fill=fill)
     match rng.integers(4):
         case 0:
-            return _relate(rng, choose(rng, RELATIONS), a, b)
+            return _relate(rng, relation, a, b)
         case 1:
-            return _relate(rng, choose(rng, RELATIONS), b, a)
+            return _relate(rng, relation, b, a)
         case _:
             return _spread(rng, [a])
 
