@@ -18,7 +18,6 @@ scaling.png.
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
+from journal import Journal, row_of
 
 from vqt2i.checkpoint import load_model, read_card
 from vqt2i.evaluation.result import Row, read_result
@@ -134,18 +134,6 @@ def right_by_kind(rows: Sequence[Row]) -> dict[str, float]:
         for row in rows
         if row.name == "right" and row.where == {"group": f"prompts: {kind}", "chosen by": "random", "of": 1}
     }
-
-
-def read_results(path: Path) -> dict[Run, Result]:
-    """The finished runs; a line that was cut off by a kill is left out."""
-    results = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        results[Run(**row["run"])] = Result(**row["result"])
-    return results
 
 
 def fit(times_R3: np.ndarray, loss_R: np.ndarray) -> Fit:
@@ -265,20 +253,18 @@ def main() -> None:
     args = parser.parse_args()
     args.out, args.data = args.out.resolve(), args.data.resolve()  # the tools run in the repository's root
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "runs.jsonl"
-    missing = [run for run in RUNS if run not in read_results(path)]
+    journal = Journal(args.out / "runs.jsonl", Run, Result)
+    missing = [run for run in RUNS if run not in journal.read()]
     for n_pictures in sorted({run.n_pictures for run in missing}):
         prepare(n_pictures, args.data)
-    with ThreadPoolExecutor(args.at_once) as pool, path.open("a") as file:
+    with ThreadPoolExecutor(args.at_once) as pool:
         found = {pool.submit(finish, run, args.data, args.out, args.n_prompts): run for run in missing}
         for done in as_completed(found):
-            row = {"run": asdict(found[done]), "result": asdict(done.result())}
-            file.write("\n" + json.dumps(row) + "\n")  # on a line of its own whatever a kill has left before
-            file.flush()
-    known = read_results(path)
+            journal.add(found[done], done.result())
+    known = journal.read()
     results = {run: known[run] for run in RUNS}
     fits = fits_of(results)
-    rows = [{"run": asdict(run), "result": asdict(result)} for run, result in results.items()]
+    rows = [row_of(run, result) for run, result in results.items()]
     write_json(args.out / "scaling.json", {"runs": rows, "fit": asdict(fits[0])})
     write_atomic(args.out / "scaling.md", tables(results, fits))
     plot(results, fits[0], args.out / "scaling.png")

@@ -17,16 +17,16 @@ the same command goes on where it was), stability.json, stability.md and stabili
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import torch
+from journal import Journal, row_of
 from torch import Tensor, nn
 
 from vqt2i.files import write_atomic, write_json
@@ -157,39 +157,23 @@ def shapes() -> tuple[TokenSamples, LayoutConfig]:
     )  # fmt: skip
 
 
-def row_of(run: Run, result: Result) -> str:
-    """A line of runs.jsonl."""
-    return json.dumps({"run": asdict(run), "result": asdict(result)}) + "\n"
-
-
-def read_results(path: Path) -> dict[Run, Result]:
-    """The finished runs; a line that was cut off by a kill is left out."""
-    results = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        results[Run(**row["run"])] = Result(**row["result"])
-    return results
-
-
 def _train(task: tuple[Run, TokenSamples, LayoutConfig, int]) -> tuple[Run, Result]:
     torch.set_num_threads(1)
     return task[0], train(*task)
 
 
-def finish(runs: list[Run], n_steps: int, n_processes: int, path: Path) -> Iterator[tuple[Run, Result]]:
-    """Train those that `path` does not hold; write and yield each as it ends."""
-    missing = [run for run in runs if run not in read_results(path)]
+def finish(
+    runs: list[Run], n_steps: int, n_processes: int, journal: Journal[Run, Result]
+) -> Iterator[tuple[Run, Result]]:
+    """Train those that `journal` does not hold; write and yield each as it ends."""
+    missing = [run for run in runs if run not in journal.read()]
     if not missing:
         return
     samples, layout = shapes()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(n_processes) as pool, path.open("a") as file:
+    with context.Pool(n_processes) as pool:
         for run, result in pool.imap_unordered(_train, [(run, samples, layout, n_steps) for run in missing]):
-            file.write("\n" + row_of(run, result))  # on a line of its own whatever a kill has left before
-            file.flush()
+            journal.add(run, result)
             yield run, result
 
 
@@ -260,12 +244,12 @@ def main() -> None:
         Run(variant, precision, rate, seed)
         for seed, precision, rate, variant in product(range(args.seeds), args.precisions, args.rates, VARIANTS)
     ]
-    path = args.out / "runs.jsonl"
-    for run, result in finish(runs, args.steps, args.processes, path):
+    journal = Journal(args.out / "runs.jsonl", Run, Result)
+    for run, result in finish(runs, args.steps, args.processes, journal):
         say(f"{run}: {result.why or 'trained'} {'' if result.diverged_at is None else result.diverged_at}, "
             f"largest product {result.largest_score:,.0f}")  # fmt: skip
-    results = {run: result for run, result in read_results(path).items() if run in runs}
-    rows = [{"run": asdict(run), "result": asdict(result)} for run, result in results.items()]
+    results = {run: result for run, result in journal.read().items() if run in runs}
+    rows = [row_of(run, result) for run, result in results.items()]
     write_json(args.out / "stability.json", {"steps": args.steps, "batch_size": BATCH_SIZE, "runs": rows})
     write_atomic(args.out / "stability.md", table(results))
     plot(results, args.out / "stability.png")

@@ -11,7 +11,8 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 @pytest.fixture(scope="session")
 def experiment() -> Callable[[str], ModuleType]:
-    """Imports a script of `experiments/` by its name."""
+    """Imports a script of `experiments/` by its name; what scripts share is found as where one is run."""
+    sys.path.append(str(EXPERIMENTS))
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")

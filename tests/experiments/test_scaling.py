@@ -1,7 +1,5 @@
 """The scaling experiment: its law is found again in losses that follow one, and runs go on after a kill."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -66,11 +64,16 @@ def test_what_evaluate_tells_of_each_kind_is_read(scaling: ModuleType) -> None:
 
 
 def test_finished_runs_are_read_back_and_half_a_line_is_not(scaling: ModuleType, tmp_path: Path) -> None:
-    result = scaling.Result(7, 0.5, {"single_seen": 0.5}, 1.0)
-    row = json.dumps({"run": asdict(scaling.BASE), "result": asdict(result)})
-    (tmp_path / "runs.jsonl").write_text(f"\n{row}\n\n{row[:30]}")
-    assert scaling.read_results(tmp_path / "runs.jsonl") == {scaling.BASE: result}
-    assert scaling.read_results(tmp_path / "none.jsonl") == {}
+    journal = scaling.Journal(tmp_path / "runs.jsonl", scaling.Run, scaling.Result)
+    assert journal.read() == {}
+    results = {run: scaling.Result(7, 0.5, {"single_seen": 0.5}, 1.0) for run in scaling.RUNS[:2]}
+    first, second = results
+    journal.add(first, results[first])
+    whole = journal.path.read_text()
+    journal.path.write_text(whole + whole[: len(whole) // 2])
+    assert journal.read() == {first: results[first]}
+    journal.add(second, results[second])
+    assert journal.read() == results
 
 
 def test_what_is_there_is_not_made_again(scaling: ModuleType, tmp_path: Path, monkeypatch) -> None:

@@ -50,17 +50,14 @@ def test_what_guessing_beats_has_diverged(stability, data) -> None:
     assert result.diverged_at is not None and result.why in ("worse than guessing", "out of range", "not finite")
 
 
-def test_finished_runs_are_read_back_and_half_a_line_is_not(stability, data, tmp_path: Path) -> None:
+def test_runs_that_the_journal_holds_are_not_trained_again(stability, data, tmp_path: Path) -> None:
     runs = [stability.Run("none", "bf16", 0.003, seed) for seed in (0, 1)]
     results = {run: stability.train(run, *data, 2) for run in runs}
-    path = tmp_path / "runs.jsonl"
-    line = stability.row_of(runs[0], results[runs[0]])
-    path.write_text(line + line[: len(line) // 2])
-    assert stability.read_results(path) == {runs[0]: results[runs[0]]}
-    with path.open("a") as file:
-        file.write("\n" + stability.row_of(runs[1], results[runs[1]]))
-    assert stability.read_results(path) == results
-    assert list(stability.finish(runs, 2, 1, path)) == []
+    journal = stability.Journal(tmp_path / "runs.jsonl", stability.Run, stability.Result)
+    for run, result in results.items():
+        journal.add(run, result)
+    assert journal.read() == results
+    assert list(stability.finish(runs, 2, 1, journal)) == []
 
 
 def test_table_and_plot_say_which_diverged_and_when(stability, tmp_path: Path) -> None:
