@@ -224,24 +224,6 @@ def test_the_embedded_set_holds_what_the_shapes_source_draws(tmp_path: Path) -> 
         np.testing.assert_array_equal(pair.image_HW3, one.image)
 
 
-def test_a_share_of_single_objects_is_drawn_and_written_down(tmp_path: Path) -> None:
-    data = build_shapes(tmp_path / "set", counts=FEW, seed=3, single_share=0.0)
-    assert all(len(pair.meta["scene"]["objects"]) > 1 for name in ("train", "val") for pair in data.split(name))
-    assert data.spec.source["single_share"] == 0.0
-    assert "single_share" not in build_shapes(tmp_path / "default", counts=FEW, seed=3, single_share=0.5).spec.source
-
-
-def test_a_share_that_cannot_be_drawn_is_refused(tmp_path: Path, fails) -> None:
-    for share, more, told in (
-        (1.5, [], "a share of pictures of one object of 1.5; expected 0 to 1"),
-        (0.2, ["--style", "beach"], "pictures of beach are not drawn by a share of one object; leave it out"),
-        (0.2, ["--labels", "shape"], "classes by shape are not drawn by a share of one object; leave it out"),
-    ):
-        out = tmp_path / "refused"
-        assert told in fails("make_dataset", "shapes", "--single-share", share, *more, "--out", out)
-        assert not out.exists()
-
-
 def draw_one(folder: Path) -> DataSet:
     return write_dataset(folder, {"train": [Pair("a", picture(0), {})]})
 

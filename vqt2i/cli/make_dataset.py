@@ -53,9 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument("--style", choices=("plain", "beach"), default="plain", help="beach: one or two objects "
                         "between sky and sand, by default 20 of each split, to teach a model a style with")  # fmt: skip
-    shapes.add_argument("--single-share", type=float, metavar="SHARE", help="of pictures of one object (default 0.5), "
-                        "which are learned first; the others keep their proportions, 7 of 10 show two objects, 3 "
-                        "three")  # fmt: skip
     shapes.add_argument("--labels", choices=("shape", "colour"), help="a data set of classes: pictures of one object "
                         "each, whose class is its shape or its colour")  # fmt: skip
 
@@ -103,7 +100,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _run_shapes(args: argparse.Namespace, config: "BuildConfig", token_count: "TokenCount | None") -> None:
     from vqt2i.data.build import DEFAULT_COUNTS, STYLE_COUNTS, build_shapes
-    from vqt2i.data.shapes import SINGLE_SHARE
 
     given = {"train": args.n_train, "val": args.n_val, "unseen": args.n_unseen}
     default = DEFAULT_COUNTS if args.style == "plain" else STYLE_COUNTS
@@ -113,11 +109,9 @@ def _run_shapes(args: argparse.Namespace, config: "BuildConfig", token_count: "T
             raise DataError(f"--n-{split} {count}: expected {'at least 1' if split == 'train' else '0 or more'}")
     name = "shapes" if args.style == "plain" else args.style
     out = args.out or Path("data") / (f"{args.labels}-classes" if args.labels else name)
-    share = SINGLE_SHARE if args.single_share is None else args.single_share
     build_shapes(
-        out, config=config, counts=counts, seed=args.seed, style=args.style, labels=args.labels, single_share=share,
-        token_count=token_count,
-    )  # fmt: skip
+        out, config=config, counts=counts, seed=args.seed, style=args.style, labels=args.labels, token_count=token_count
+    )
 
 
 def _run_emoji(args: argparse.Namespace, config: "BuildConfig", token_count: "TokenCount | None") -> None:

@@ -266,14 +266,10 @@ Style = Literal["plain", "beach"]
 
 
 def shapes_items(
-    counts: dict[str, int], seed: int, size_px: int, style: Style = "plain", labels: shapes.LabelName | None = None,
-    single_share: float = shapes.SINGLE_SHARE,
-) -> Entries:  # fmt: skip
-    """The embedded set: `counts` scenes of each split; with `labels`, of one object each, whose class that is.
-
-    single_share: of plain scenes of one object, see `shapes.draw_scene`.
-    """
-    pairs = {"plain": partial(shapes.pairs, single_share=single_share), "beach": shapes.beach_pairs}[style]
+    counts: dict[str, int], seed: int, size_px: int, style: Style = "plain", labels: shapes.LabelName | None = None
+) -> Entries:
+    """The embedded set: `counts` scenes of each split; with `labels`, of one object each, whose class that is."""
+    pairs = {"plain": shapes.pairs, "beach": shapes.beach_pairs}[style]
     if labels:
         pairs = partial(shapes.labelled_pairs, labels)
     for split, n in counts.items():
@@ -290,31 +286,21 @@ def build_shapes(
     seed: int = 0,
     style: Style = "plain",
     labels: shapes.LabelName | None = None,
-    single_share: float = shapes.SINGLE_SHARE,
     token_count: TokenCount | None = None,
 ) -> DataSet:
     """Draw the embedded data set, reproducible from `seed`, at `config.size_px`; see `shapes_items`.
 
     Raises:
-        DataError: labels of another style than plain; a share outside [0, 1], or of what is not plain scenes.
+        DataError: labels of another style than plain.
     """
     if labels and style != "plain":
         raise DataError(f"classes by {labels} are of the plain style, found {style}; leave out one of them")
-    if not 0 <= single_share <= 1:
-        raise DataError(f"a share of pictures of one object of {single_share:g}; expected 0 to 1")
-    other_share = single_share != shapes.SINGLE_SHARE
-    if other_share and (labels or style != "plain"):
-        what = f"pictures of {style}" if style != "plain" else f"classes by {labels}"
-        raise DataError(f"{what} are not drawn by a share of one object; leave it out")
     source = {"kind": "shapes", "size_px": config.size_px, "counts": counts, "seed": seed}
     return build_dataset(
         out,
-        shapes_items(counts, seed, config.size_px, style, labels, single_share),
+        shapes_items(counts, seed, config.size_px, style, labels),
         config.model_copy(update={"labelled": labels is not None}),
-        source=source
-        | ({} if style == "plain" else {"style": style})
-        | ({"labels": labels} if labels else {})
-        | ({"single_share": single_share} if other_share else {}),
+        source=source | ({} if style == "plain" else {"style": style}) | ({"labels": labels} if labels else {}),
         token_count=token_count,
         total=sum(counts.values()),
     )

@@ -89,15 +89,6 @@ def test_half_of_the_training_scenes_show_one_object_and_15_percent_three(train)
         assert abs(counts[n] / N - share) < 0.04
 
 
-def test_fewer_scenes_of_one_object_leave_the_others_in_proportion():
-    for single_share in (0.0, 0.25, 1.0):
-        scenes = [draw_scene(0, "train", index, single_share) for index in range(N)]
-        assert not any(map(held_out_in, scenes))
-        counts = Counter(len(scene.objects) for scene in scenes)
-        for n, share in ((1, single_share), (2, 0.7 * (1 - single_share)), (3, 0.3 * (1 - single_share))):
-            assert abs(counts[n] / N - share) < 0.04
-
-
 def test_every_relation_is_as_common_as_the_others(train):
     """Also `inside`, which fewer objects fit."""
     counts = Counter(scene.relation for scene in train if scene.relation)

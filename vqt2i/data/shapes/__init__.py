@@ -15,13 +15,12 @@ from vqt2i.data.shapes.parse import parse_caption
 from vqt2i.data.shapes.render import SIZES_PX, render
 from vqt2i.data.shapes.scene import Scene, SceneObject
 from vqt2i.data.shapes.source import LabelName, labelled_pairs, pairs
-from vqt2i.data.shapes.split import SINGLE_SHARE, SPLITS, draw_scene, held_out_in
+from vqt2i.data.shapes.split import SPLITS, draw_scene, held_out_in
 from vqt2i.data.shapes.style import at_the_beach, beach_pairs, draw_beach, without_beach
 
 __all__ = [
     "LANGUAGES",
     "PROMPT_KINDS",
-    "SINGLE_SHARE",
     "SIZES_PX",
     "SPLITS",
     "Caption",

@@ -11,23 +11,22 @@ from vqt2i.data.pairs import Pair
 from vqt2i.data.shapes.captions import caption_scene
 from vqt2i.data.shapes.render import render
 from vqt2i.data.shapes.scene import Scene
-from vqt2i.data.shapes.split import SINGLE_SHARE, Split, draw_scene, held_out_in, single_scenes
+from vqt2i.data.shapes.split import Split, draw_scene, held_out_in, single_scenes
 from vqt2i.runtime import stream_seed
 
 LabelName = Literal["shape", "colour"]
 
 
-def pairs(split: Split, n: int, seed: int, size_px: int, single_share: float = SINGLE_SHARE) -> Iterator[Pair]:
-    """Yield the first `n` pairs of a split, the same for the same (seed, split, index, single_share).
+def pairs(split: Split, n: int, seed: int, size_px: int) -> Iterator[Pair]:
+    """Yield the first `n` pairs of a split, the same for the same (seed, split, index).
 
-    single_share: see `draw_scene`.
     meta: `scene`, `held_out` (names of the held-out combinations in it), and `facts`: per language, what each caption
     states, in the captions' order.
 
     Raises:
         DataError: an unknown split, or a size that cannot be drawn.
     """
-    yield from _pairs((draw_scene(seed, split, index, single_share) for index in range(n)), split, seed, size_px)
+    yield from _pairs((draw_scene(seed, split, index) for index in range(n)), split, seed, size_px)
 
 
 def labelled_pairs(by: LabelName, split: Split, n: int, seed: int, size_px: int) -> Iterator[Pair]:

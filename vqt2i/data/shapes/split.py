@@ -74,10 +74,8 @@ MARGIN, GAP, GRID = 1, 2, 2
 MAX_SKEW = 4
 """Largest offset across the direction of a relation, in units: far less than along it (at least 12)."""
 
-SINGLE_SHARE = 0.5
-"""Of scenes that show one object; with it 35 % show two and 15 % three."""
-# what the others are about, with their shares
-_SEVERAL = {"relation": 0.54, "two alike": 0.16, "three alike": 0.10, "three": 0.20}
+# what scenes are about, with their shares: 50 % one object, 35 % two, 15 % three
+_KINDS = {"one": 0.50, "relation": 0.27, "two alike": 0.08, "three alike": 0.05, "three": 0.10}
 _UNSEEN_KINDS = {"unseen colour": 0.5, "unseen fill": 0.25, "unseen relation": 0.25}
 
 
@@ -101,11 +99,8 @@ def relation_is_held_out(relation: Relation, a: Shape, b: Shape) -> bool:
     return (relation, a, b) in HELD_OUT_RELATION or (OPPOSITE.get(relation), b, a) in HELD_OUT_RELATION
 
 
-def draw_scene(seed: int, split: Split, index: int, single_share: float = SINGLE_SHARE) -> Scene:
+def draw_scene(seed: int, split: Split, index: int) -> Scene:
     """The scene `index` of a split.
-
-    Args:
-        single_share: of scenes of one object in `train` and `val`, in [0, 1]; the others keep their proportions.
 
     Raises:
         DataError: an unknown split.
@@ -113,8 +108,7 @@ def draw_scene(seed: int, split: Split, index: int, single_share: float = SINGLE
     if split not in SPLITS:
         raise DataError(f"shapes: no split called {split!r}; choose from {', '.join(SPLITS)}")
     rng = np.random.default_rng(stream_seed("shapes scene", seed, split, index))
-    several = {kind: (1 - single_share) * share for kind, share in _SEVERAL.items()}
-    shares = _UNSEEN_KINDS if split == "unseen" else {"one": single_share, **several}
+    shares = _UNSEEN_KINDS if split == "unseen" else _KINDS
     kind = choose(rng, tuple(shares), tuple(shares.values()))
     # once, lest those that fewer objects fit ("inside") be redrawn and come out rarer
     relation, unseen_relation = choose(rng, RELATIONS), choose(rng, HELD_OUT_RELATION)
