@@ -96,6 +96,15 @@ def test_captions_outside_the_limits_are_left_out_one_by_one(tmp_path: Path) -> 
     assert "caption left out: too short      1" in (data.folder / "report.txt").read_text()
 
 
+def test_captions_without_the_pattern_are_left_out_one_by_one(tmp_path: Path, fails) -> None:
+    entries = [item(0, "a cat", "the dog", "catalogue"), item(1, "dog")]
+    data = made(tmp_path, *entries, caption_pattern=r"cat\b|the")
+    assert [pair.captions for pair in data.split("train")] == [{"en": ("a cat", "the dog")}]
+    assert rejections(data) == [("1.png", "no caption as wanted")]
+    told = fails("make_dataset", "shapes", "--caption-pattern", "(", "--out", tmp_path / "bad")
+    assert "caption_pattern" in told and "expected a regular expression" in told
+
+
 def test_pictures_without_captions_are_kept_on_request(tmp_path: Path) -> None:
     data = made(tmp_path, item(0, " "), Item("1", "1", png(picture(1)), {}), captions_required=False)
     assert [pair.captions for pair in data.split("train")] == [{}, {}]

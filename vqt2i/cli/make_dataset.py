@@ -21,6 +21,8 @@ DEFAULT_TEXT_LENGTH = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     everywhere, drawn, found, files = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     add = everywhere.add_argument
+    add("--caption-pattern", metavar="REGEX", help="leave out captions in which this is found nowhere, and pictures "
+        "left without any")  # fmt: skip
     add("--shard-size", type=int, metavar="N", help="samples in a shard (default 1000)")
     add("--tokenizer", type=Path, metavar="PATH", help="report the share of captions that this .model would truncate")
     add("--text-length", type=int, metavar="N", help=f"ids a caption may have (default {DEFAULT_TEXT_LENGTH})")

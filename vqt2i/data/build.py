@@ -31,6 +31,7 @@ class BuildConfig(Config):
     size_px: centre-crop and resize to this square; None keeps every picture as it is.
     min_side_px, max_aspect: of the picture in the source; longer over shorter side.
     min_caption_chars, max_caption_chars: a caption outside is left out; a sample without any left is rejected.
+    caption_pattern: a regular expression; captions in which it is found nowhere are left out as well.
     captions_required: reject samples that have no caption.
     labelled: keep the class of each sample, and reject those that have none.
     drop_duplicates: which kinds of repeated pictures to reject; near includes exact.
@@ -44,6 +45,7 @@ class BuildConfig(Config):
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1, le=MOST_PIXELS)
     min_caption_chars: PositiveInt = 1
     max_caption_chars: PositiveInt | None = None
+    caption_pattern: str | None = None
     captions_required: bool = True
     labelled: bool = False
     drop_duplicates: Literal["exact", "near", "none"] = "exact"
@@ -58,6 +60,15 @@ class BuildConfig(Config):
         if not is_language(language):
             raise ValueError("expected a language code such as en, zh or pt-BR")
         return language
+
+    @field_validator("caption_pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"expected a regular expression: {error}") from None
+        return pattern
 
 
 class _Sample(NamedTuple):
@@ -155,14 +166,19 @@ def _check_captions(item: Item, config: BuildConfig) -> tuple[dict[str, tuple[st
                     notes.append("caption left out: too short")
                 elif config.max_caption_chars and len(caption) > config.max_caption_chars:
                     notes.append("caption left out: too long")
+                elif config.caption_pattern and not re.search(config.caption_pattern, caption):
+                    notes.append("caption left out: without the pattern")
                 else:
                     kept.append(caption)
         if kept:
             captions[language] = tuple(kept)
     if config.captions_required and not captions:
         if n_found:
-            limits = f"{config.min_caption_chars} to {config.max_caption_chars or 'any number of'} characters"
-            raise RefusedError("caption too short or long", f"{n_found} found, none of {limits}")
+            wanted = f"{config.min_caption_chars} to {config.max_caption_chars or 'any number of'} characters"
+            if config.caption_pattern:
+                raise RefusedError("no caption as wanted", f"{n_found} found, none of {wanted} with the pattern "
+                                   f"{config.caption_pattern!r}")  # fmt: skip
+            raise RefusedError("caption too short or long", f"{n_found} found, none of {wanted}")
         raise RefusedError("empty caption" if any(item.captions.values()) else "missing caption")
     return captions, notes
 
