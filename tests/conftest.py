@@ -69,6 +69,11 @@ GPT_KINDS = {
     "LlamaGen": {
         "positions": "rotary_image", "transformer": TRANSFORMER.model_copy(update={"norm_eps": 1e-5, "qk_norm": False}),
     },
+    "full text": {"text_attention": "full"},
+    "full text, learned padding": {
+        "positions": "learned", "padding": "learned", "text_attention": "full",
+        "sparsity": RowColumnConfig(conv_size=3),
+    },
     "pivots": {"transformer": WIDE, "sparsity": PivotWindowConfig(n_pivots=2, block_size=2, n_blocks=1)},
 }  # fmt: skip
 

@@ -54,6 +54,18 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+@pytest.mark.parametrize("n_reversed", [0, 2, 4])
+def test_a_text_seen_in_full_is_no_part_of_the_loss(make_gpt, image_BI: Tensor, n_reversed: int) -> None:
+    gpt, text = make_gpt(text_attention="full"), pad_texts(TEXTS, 5)
+    loss, other = (
+        gpt_loss(gpt, text, image_BI, n_reversed, WEIGHTS.model_copy(update={"text": weight})) for weight in (0.3, 0.0)
+    )
+    assert not loss.text.nan_to_num() and loss.total.isfinite() and torch.equal(loss.total, other.total)
+    loss.total.backward()
+    of_text = gpt.head.weight.grad[: gpt.layout.first_image_id]
+    assert of_text.any() == (n_reversed > 0)
+
+
 @pytest.mark.parametrize("n_reversed", [0, 1, 3, 4])
 @torch.no_grad()
 def test_every_part_equals_a_loop_over_rows_and_positions(gpt: GPT, image_BI: Tensor, n_reversed: int) -> None:

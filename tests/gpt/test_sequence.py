@@ -121,6 +121,21 @@ def test_a_query_sees_itself_and_what_is_real_before_it(method: str) -> None:
             assert mask[row, 0, q].tolist() == [k == q or (k < q and real[k]) for k in range(10)]
 
 
+def test_a_text_before_an_image_may_see_all_of_itself() -> None:
+    layout = SequenceLayout(LAYOUT.config.model_copy(update={"text_attention": "full"}))
+    assert not layout.predicts_prompts and LAYOUT.predicts_prompts
+    forth, back = layout.join(TEXT, IMAGE), layout.join_reversed(TEXT, IMAGE)
+    mask, causal = layout.mask(forth.cat(back)), forth.cat(back).causal_mask()
+    for row, start in enumerate((1, 3, 0)):  # T2I … EOT
+        seen = range(start, 5)
+        for q in range(10):
+            more = set(seen) if q in seen else set()
+            assert set(mask[row, 0, q].nonzero().flatten().tolist()) == more | set(
+                causal[row, 0, q].nonzero().flatten().tolist()
+            )
+    assert torch.equal(mask[3:], causal[3:])
+
+
 def test_rows_can_be_put_together() -> None:
     forth, back = LAYOUT.join(TEXT, IMAGE), LAYOUT.join_reversed(TEXT, IMAGE)
     both = forth.cat(back)

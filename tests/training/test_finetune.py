@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vqt2i.checkpoint import WEIGHTS, load_model, read_card
+from vqt2i.checkpoint import CONFIG, WEIGHTS, load_model, read_card
 from vqt2i.cli import main
 from vqt2i.config import load_config
 from vqt2i.data.shards import DataSet
@@ -149,6 +149,15 @@ def test_a_run_starts_from_the_weights_of_its_base(train, weights, base: str, mo
     assert read_card(again / "model")["start_from"]["fingerprint"] == read_card(run / "model")["fingerprint"]
 
 
+def test_a_base_may_come_to_see_texts_in_full(train, weights, base: str, model_folders: Path) -> None:
+    still = ["trainer.max_steps=1", "training.optimizer={learning_rate: 1.0e-12, warmup_steps: 0, weight_decay: 0}"]
+    run = train("gpt", base, *still, "text_attention=full", "training.loss.text=0")
+    for name, value in load_file(model_folders / "gpt" / WEIGHTS).items():
+        torch.testing.assert_close(weights(run)[name], value)
+    assert load_config(GPTConfig, run / "model" / CONFIG).layout.text_attention == "full"
+    assert "val/text" not in read_card(run / "model")["metrics"]
+
+
 def test_what_a_base_learned_of_captions_is_remembered(train, base: str) -> None:
     first = train("gpt", base, "trainer.max_steps=1", "training.reversed_share=0.5")
     second = train("gpt", f"training.start_from={first}", "trainer.max_steps=1", "training.reversed_share=0")
@@ -160,6 +169,7 @@ def test_what_a_base_learned_of_captions_is_remembered(train, base: str) -> None
     (LORA, "frozen and lora are for a trained GPT"),
     ("training={start_from: x, frozen: [mlp], lora: {}}", "leave one of them out"),
     ("training={start_from: x, frozen: [brain]}", "training.frozen"),
+    ("text_attention=full", "found training.loss.text 0.1, expected 0"),
     ("training={start_from: x, lora: {targets: []}}", "targets"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(override: str, told: str) -> None:

@@ -27,7 +27,10 @@ class LossWeights(Config):
 
 
 class GPTLoss(NamedTuple):
-    """Mean nats per token of each part (NaN where the batch has no row of that order), and their weighted sum."""
+    """Mean nats per token of each part (NaN where the batch has no row of that order), and their weighted sum.
+
+    text: 0 where it is seen in full and so not predicted.
+    """
 
     total: Tensor
     image: Tensor
@@ -70,9 +73,10 @@ def gpt_loss(
     target_pairs = (_shifted(back.ids_BL, text_at[True]), _shifted(forth.ids_BL, text_at[False]))
     targets = torch.cat([ids.flatten() for ids in target_pairs])
     counts = targets <= layout.eot  # not for padding, nor for the mark behind left padding
-    (text_nll,), (text_z,) = token_nll(gpt.text_logits(text_hidden[None]), targets[None].clamp_max(layout.eot))
     m = target_pairs[0].numel()
-
+    if not layout.predicts_prompts:
+        counts[m:] = False
+    (text_nll,), (text_z,) = token_nll(gpt.text_logits(text_hidden[None]), targets[None].clamp_max(layout.eot))
     parts = {
         "image": _mean(image_nll[n:]),
         "text": _mean(text_nll[m:], counts[m:]),

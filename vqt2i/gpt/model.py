@@ -19,7 +19,7 @@ from vqt2i.errors import ConfigError
 from vqt2i.gpt.condition import ConditionConfig, TextCondition
 from vqt2i.gpt.reader import build_reader
 from vqt2i.gpt.sequence import LayoutConfig, SequenceLayout, Sequences
-from vqt2i.nn.attention import FLEX_HEAD_WIDTH, block_mask
+from vqt2i.nn.attention import BLOCK, FLEX_HEAD_WIDTH, block_mask
 from vqt2i.nn.cache import BranchedCache, PrefixCache
 from vqt2i.nn.sparsity import DenseConfig, PivotWindowConfig, SparsityConfig
 from vqt2i.nn.transformer import Rotary, Transformer, TransformerConfig, build_norm
@@ -243,7 +243,7 @@ class GPT(nn.Module):
     def forward(self, sequences: Sequences) -> Tensor:
         """Last hidden states (B, L, D) of whole sequences; `text_logits` and `image_logits` score slices of them."""
         x_BLD, cos_sin = self.embed(sequences)
-        return self.transformer(x_BLD, mask_B1LK=self._masks(sequences), causal=True, cos_sin=cos_sin)
+        return self.transformer(x_BLD, mask_B1LK=self._masks(sequences), causal=self._causal, cos_sin=cos_sin)
 
     def text_logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the text ids and EOT, (B, L, n_text_ids + 1)."""
@@ -260,7 +260,9 @@ class GPT(nn.Module):
         """
         x_BLD, cos_sin = self.embed(prefix)
         cache = PrefixCache(self.config.transformer, *x_BLD.shape[:2], x_BLD.device, self.cached_dtype)
-        hidden = self.transformer(x_BLD, mask_B1LK=self._masks(prefix), causal=True, cos_sin=cos_sin, cache=cache)
+        hidden = self.transformer(
+            x_BLD, mask_B1LK=self._masks(prefix), causal=self._causal, cos_sin=cos_sin, cache=cache
+        )
         if x_BLD.device.type == "cpu":  # PyTorch's CPU products of bf16 are slow for a few rows, and round the scores
             cache.kv = cache.kv.float()
         score = self.text_logits if reversed_order else self.image_logits
@@ -297,18 +299,23 @@ class GPT(nn.Module):
         x_BLD, cos_sin = self.embed(part, before_B)
         return self.transformer(x_BLD, mask_B1LK=masks_B1LK, cos_sin=cos_sin, cache=cache)
 
+    @property
+    def _causal(self) -> bool:
+        """Whether kernels may leave out what stands behind a query's block: a text seen in full is in the first one."""
+        return self.config.layout.text_attention == "causal" or self.layout.prefix_length <= BLOCK
+
     def _masks(self, sequences: Sequences) -> Tensor | list[Tensor | BlockMask]:
         """What each position sees, (B, 1, L, L): one mask for all layers or one for each."""
-        causal_B1LL, visible = sequences.causal_mask(), self.visible_by_layer()
+        mask_B1LL, visible = self.layout.mask(sequences), self.visible_by_layer()
         if visible is None:
-            return causal_B1LL
+            return mask_B1LL
         index_BL = self.layout.image_index(sequences) + 1
         masks = {}
         for name, seen_II in zip(self.patterns, visible, strict=True):
             if name not in masks:
                 seen = F.pad(seen_II, (1, 0, 1, 0), value=True)  # by and of what is no image
-                mask_B1LL = causal_B1LL & seen[index_BL[:, :, None], index_BL[:, None, :]].unsqueeze(1)
-                masks[name] = block_mask(mask_B1LL) if self._in_blocks(mask_B1LL.device) else mask_B1LL
+                sparse_B1LL = mask_B1LL & seen[index_BL[:, :, None], index_BL[:, None, :]].unsqueeze(1)
+                masks[name] = block_mask(sparse_B1LL) if self._in_blocks(mask_B1LL.device) else sparse_B1LL
         return [masks[name] for name in self.patterns]
 
     def _in_blocks(self, device: torch.device) -> bool:

@@ -114,6 +114,9 @@ class LayoutConfig(Config):
     n_text_ids, text_length: 0 where no text is read. padding: of texts before an image, "masked" or "learned"; with
     "bare" it is learned and there are no marks.
     null_condition: how a text of no ids is read. image_marks: how many stand on each side of an image.
+    text_attention: what the ids of a text before an image see of it: "causal", those before them, or "full", all of it,
+        as in a prefix LM (Raffel et al. 2020, arXiv 1910.10683, section 3.2.1). Such a text is not predicted; the one
+        behind an image is causal always.
     """
 
     n_text_ids: NonNegativeInt = 0
@@ -124,6 +127,14 @@ class LayoutConfig(Config):
     padding: Literal["masked", "learned", "bare"] = "masked"
     null_condition: Literal["empty_text", "image_first"] = "empty_text"
     image_marks: Literal["single", "paired"] = "single"
+    text_attention: Literal["causal", "full"] = "causal"
+
+    @model_validator(mode="after")
+    def _texts_seen_in_full_have_marks(self) -> Self:
+        if self.text_attention == "full" and (self.padding == "bare" or not self.text_length):
+            raise ValueError(f"text_attention full: found {self.padding} padding of {self.text_length} text ids; "
+                             "expected texts with marks, which tell those before an image")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _an_image_that_comes_first_has_no_padding(self) -> Self:
@@ -159,6 +170,11 @@ class SequenceLayout:
     def predicts_text(self) -> bool:
         """Whether texts are predicted too."""
         return isinstance(self.condition, TextCondition)
+
+    @property
+    def predicts_prompts(self) -> bool:
+        """Whether texts before an image are predicted too, as they can be where no id sees those after it."""
+        return self.predicts_text and self.config.text_attention == "causal"
 
     @property
     def is_upscaling(self) -> bool:
@@ -275,6 +291,16 @@ class SequenceLayout:
         if self.counts_anew:  # up to B₁, or from it on
             return max(self.prefix_length - 3, 4 + self.image_length)
         return self.length
+
+    def mask(self, sequences: Sequences) -> Tensor:
+        """Bool (B, 1, L, L), what each position sees: `causal_mask`, and in full attention all of its own text where an
+        image follows, T2I and EOT with it."""
+        causal_B1LL = sequences.causal_mask()
+        if self.config.text_attention == "causal":
+            return causal_B1LL
+        ids = sequences.ids_BL
+        text_BL = (ids == self.t2i).any(1, keepdim=True) & ((ids <= self.eot) | (ids == self.t2i))
+        return causal_B1LL | (text_BL[:, :, None] & text_BL[:, None, :]).unsqueeze(1)
 
     def text_prefix(self, text: TextBatch) -> Sequences:
         """PAD … T2I text EOT BOI, or a bare text: what stands before the image in the order text → image.

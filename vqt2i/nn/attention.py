@@ -42,7 +42,8 @@ def attention(
     """softmax(q kᵀ / √H) v, for a mask (bool, true where a query may look); every query must see at least one key.
 
     Args:
-        causal: whether the mask is square and hides every later position, so that kernels may leave those out.
+        causal: whether the mask is square and hides every position behind a query's block of `BLOCK`, so that kernels
+            may leave those out.
         relaxed: by `relaxed_attention`.
     """
     if not isinstance(mask_B1LK, Tensor | None):
@@ -145,7 +146,7 @@ def attention_after_prefix(
 
 @library.custom_op("vqt2i::causal_attention", mutates_args=())
 def causal_attention(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, mask_B1LL: Tensor) -> Tensor:
-    """softmax(q kᵀ / √H) v, for a mask (bool, true where a query may look) that hides every later position.
+    """softmax(q kᵀ / √H) v, for a mask (bool, true where a query may look) that hides all behind a query's block.
 
     The dtype of q is kept, the computation is fp32. Every query must see at least one key.
     """

@@ -245,7 +245,7 @@ class Transformer(nn.Module):
         Args:
             mask_B1LK: bool, true where a query may look; every query must see at least one key. One for all layers or
                 one for each. With a `BranchedCache` it is as that takes it.
-            causal: whether the mask is square and hides every later position, so that kernels may leave those out.
+            causal: see `attention`.
         """
         attention = {"causal": causal, "cos_sin": cos_sin, "cache": cache}
         one_for_all = mask_B1LK is None or isinstance(mask_B1LK, Tensor)

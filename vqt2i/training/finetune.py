@@ -73,7 +73,8 @@ def find_base(folder: Path, stage: Literal["gpt", "vqgan"] = "gpt") -> Path:
 
 def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
     """The GPT to start from, in training mode. One that draws from texts alone may become one for super-resolution, and
-    the null condition another: no weights depend on it, and what it is to say is trained from here.
+    the null condition and what a text sees of itself others: no weights depend on these, and what they are to say is
+    trained from here.
 
     Args:
         adapted: whether adapters of it alone are to be trained.
@@ -87,7 +88,8 @@ def load_base(folder: Path, config: GPTConfig, *, adapted: bool = False) -> GPT:
     if becomes_upscaler and adapted:
         raise ConfigError(f"training.lora: adapters belong to a GPT that reads what they do, and {folder} reads texts "
                           "alone; leave lora out")  # fmt: skip
-    layout = own.layout.model_copy(update={"null_condition": config.layout.null_condition})
+    free = ("null_condition", "text_attention")
+    layout = own.layout.model_copy(update={name: getattr(config.layout, name) for name in free})
     own = own.model_copy(update={"layout": layout} | ({"condition": config.condition} if becomes_upscaler else {}))
     require_described(folder, own, config)
     return (gpt if gpt.config == config else _rebuilt(gpt, config)).train()

@@ -122,11 +122,12 @@ class GPTRunConfig(Config):
     text_tokenizer: a SentencePiece model. image_tokenizer: a model folder; null is the newest trained one in the runs
         folder that is no palette, else the shipped one. sizes: what the tokenizers must have, for tokenizers that are
         yet to be trained (tools/plan.py needs no more of them); null is whatever they have. source: "store" encodes the
-        images once, "images" at every step. padding, null_condition, image_marks: as in `LayoutConfig`. bpe_dropout:
-        probability that a merge of the text tokenizer, a BPE model, is left out when a caption is read for training
-        (DALL·E: 0.1, arXiv 2102.12092, §2.2).
+        images once, "images" at every step. padding, null_condition, image_marks, text_attention: as in `LayoutConfig`.
+        bpe_dropout: probability that a merge of the text tokenizer, a BPE model, is left out when a caption is read for
+        training (DALL·E: 0.1, arXiv 2102.12092, §2.2).
     condition: what is read before an image. Without texts in it nothing else is said of texts: `text_tokenizer` is the
-        scorer's, and `text_length`, `padding`, `null_condition`, `image_marks`, `bpe_dropout` stay as they are.
+        scorer's, and `text_length`, `padding`, `null_condition`, `image_marks`, `text_attention`, `bpe_dropout` stay as
+        they are.
     """
 
     name: str = "gpt"
@@ -139,6 +140,7 @@ class GPTRunConfig(Config):
     padding: Literal["masked", "learned", "bare"] = "masked"
     null_condition: Literal["empty_text", "image_first"] = "empty_text"
     image_marks: Literal["single", "paired"] = "single"
+    text_attention: Literal["causal", "full"] = "causal"
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
     transformer: TransformerConfig = TransformerConfig()
     positions: Positions = "rotary"
@@ -168,7 +170,7 @@ class GPTRunConfig(Config):
 
     @model_validator(mode="after")
     def _settings_of_texts_are_for_texts(self) -> "GPTRunConfig":
-        of_texts = ("text_length", "padding", "null_condition", "image_marks", "bpe_dropout")
+        of_texts = ("text_length", "padding", "null_condition", "image_marks", "text_attention", "bpe_dropout")
         wrong = {name: getattr(self, name) for name in of_texts}
         wrong = {name: value for name, value in wrong.items() if value != type(self).model_fields[name].default}
         wrong |= {"training.reversed_share": share} if (share := self.training.reversed_share) else {}
@@ -188,6 +190,13 @@ class GPTRunConfig(Config):
         if self.padding == "bare" and self.training.reversed_share:
             raise ValueError("padding bare has no order image → text: found training.reversed_share "
                              f"{self.training.reversed_share}, expected 0")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _texts_seen_in_full_are_not_predicted(self) -> "GPTRunConfig":
+        if self.text_attention == "full" and self.training.loss.text:
+            raise ValueError("text_attention full: a text that sees all of itself is not predicted: found "
+                             f"training.loss.text {self.training.loss.text:g}, expected 0")  # fmt: skip
         return self
 
     def model(
@@ -210,7 +219,8 @@ class GPTRunConfig(Config):
             raise ConfigError(f"sizes: {self.sizes}, but the tokenizers have {sizes}; "
                               "train tokenizers of these sizes, or set sizes to null")  # fmt: skip
         condition, reads_text = model_condition(self.condition, scorer, encoder, labels), self.reads_text
-        text = {name: getattr(self, name) for name in ("text_length", "padding", "null_condition", "image_marks")}
+        names = ("text_length", "padding", "null_condition", "image_marks", "text_attention")
+        text = {name: getattr(self, name) for name in names}
         text["n_text_ids"] = sizes.n_text_ids
         image = sizes.model_dump(exclude={"n_text_ids"})
         return GPTConfig(
@@ -286,7 +296,7 @@ class GPTModule(L.LightningModule):
             read = torch.cat((ids[:n_reversed], drawn))
         loss = self.training_loss(self.gpt, condition, ids, n_reversed, self.config.loss, read)
         # told from the counts, for asking the values which are NaN would make the host wait for the GPU
-        forth = ["image", "text"] if self.gpt.layout.predicts_text else ["image"]
+        forth = ["image", "text"] if self.gpt.layout.predicts_prompts else ["image"]
         names = ["total"] + forth * (n_reversed < len(dropped))
         names += ["text_from_image", "image_unconditional"] * (n_reversed > 0)
         parts = {f"train/{name}": getattr(loss, name).detach() for name in names}
@@ -302,10 +312,9 @@ class GPTModule(L.LightningModule):
         back = gpt_loss(self.gpt, batch.text, ids, n, self.config.loss)
         values = {
             "val/image": forth.image,
-            "val/text": forth.text,
             "val/text_from_image": back.text_from_image,
             "val/image_unconditional": back.image_unconditional,
-        }
+        } | ({"val/text": forth.text} if self.gpt.layout.predicts_prompts else {})
         self.log_dict(values, sync_dist=True, batch_size=n)
 
     def _validate_images(self, batch: Batch) -> None:
