@@ -141,7 +141,7 @@ def training_flops(config: GPTConfig) -> int:
 def _scored(layout: SequenceLayout) -> list[tuple[int, int]]:
     """(positions, vocabulary) of the image head and, where texts are predicted, of the text head."""
     at = layout.text_targets(reversed_order=False)
-    text = [(at.stop - at.start, layout.first_image_id)] if layout.predicts_prompts else []
+    text = [(at.stop - at.start, layout.first_image_id)] if layout.predicts_text else []
     return [(layout.image_length, layout.config.n_image_ids), *text]
 
 
