@@ -104,7 +104,7 @@ def test_exact_wording():
 
 @pytest.mark.parametrize("background", [None, "white"])
 def test_both_chinese_orders_of_a_relation_are_as_common(background):
-    """A model that rarely reads "A在B的上面" takes it for "A上面有B"."""
+    """Also where a background is stated."""
     rng = np.random.default_rng(0)
     facts = Facts((ObjectFacts("circle", "orange"), ObjectFacts("star", "cyan")), "above", background)
     said = [phrase(facts, "zh", rng) for _ in range(N)]
