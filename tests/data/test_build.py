@@ -92,7 +92,7 @@ def test_captions_outside_the_limits_are_left_out_one_by_one(tmp_path: Path) -> 
     entries = [item(0, "ab", "abc", "abcde", "abcdef"), item(1, "a")]
     data = made(tmp_path, *entries, min_caption_chars=3, max_caption_chars=5)
     assert [pair.captions for pair in data.split("train")] == [{"en": ("abc", "abcde")}]
-    assert rejections(data) == [("1.png", "caption too short or long")]
+    assert rejections(data) == [("1.png", "no caption as wanted")]
     assert "caption left out: too short      1" in (data.folder / "report.txt").read_text()
 
 

@@ -175,10 +175,8 @@ def _check_captions(item: Item, config: BuildConfig) -> tuple[dict[str, tuple[st
     if config.captions_required and not captions:
         if n_found:
             wanted = f"{config.min_caption_chars} to {config.max_caption_chars or 'any number of'} characters"
-            if config.caption_pattern:
-                raise RefusedError("no caption as wanted", f"{n_found} found, none of {wanted} with the pattern "
-                                   f"{config.caption_pattern!r}")  # fmt: skip
-            raise RefusedError("caption too short or long", f"{n_found} found, none of {wanted}")
+            wanted += f" with the pattern {config.caption_pattern!r}" if config.caption_pattern else ""
+            raise RefusedError("no caption as wanted", f"{n_found} found, none of {wanted}")
         raise RefusedError("empty caption" if any(item.captions.values()) else "missing caption")
     return captions, notes
 
