@@ -74,12 +74,11 @@ def told(scene: Scene, order: str) -> dict[str, str]:
 
 
 @torch.no_grad()
-def scores(pipeline: TextToImage, image_N3HW: Tensor, texts: list[str]) -> dict[str, Tensor]:
-    """Of each image with its text, (N,) for each scorer that the pipeline has."""
+def scores(pipeline: TextToImage, image_N3HW: Tensor, ids_NHW: Tensor, texts: list[str]) -> dict[str, Tensor]:
+    """Of each image, and its ids, with its text, (N,) for each scorer that the pipeline has."""
     found: dict[str, list[Tensor]] = {}
     for at in range(0, len(texts), BATCH):
-        images = image_N3HW[at : at + BATCH]
-        ids_BHW = pipeline.vq.encode(images)
+        images, ids_BHW = image_N3HW[at : at + BATCH], ids_NHW[at : at + BATCH]
         read = [pipeline.text.encode(text) for text in texts[at : at + BATCH]]
         length = pipeline.gpt.layout.image_length
         part = {
@@ -99,10 +98,11 @@ def table(pipeline: TextToImage, n_scenes: int) -> str:
     drawn = scenes(n_scenes)
     size_px = pipeline.vq.config.image_size_px
     image_N3HW = torch.stack([to_tensor(render(scene, size_px)) for scene in drawn])
+    ids_NHW = torch.cat([pipeline.vq.encode(images) for images in image_N3HW.split(BATCH)])
     lines: list[str] = []
     for order in ORDERS:
         captions = [told(scene, order) for scene in drawn]
-        by_kind = {kind: scores(pipeline, image_N3HW, [c[kind] for c in captions]) for kind in captions[0]}
+        by_kind = {kind: scores(pipeline, image_N3HW, ids_NHW, [c[kind] for c in captions]) for kind in captions[0]}
         true = by_kind.pop("true")
         lines = lines or [
             f"| caption | exchanged | {' | '.join(true)} | nats a picture |",

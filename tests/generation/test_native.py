@@ -55,6 +55,14 @@ def stepped(engine: GPT | NativeGPT, image_BI: Tensor, cuts: list[int], groups=G
     return torch.cat([engine.step(part, cache, part.shape[1]).float() for part in parts], dim=1)
 
 
+@pytest.mark.parametrize("method", ["join", "join_reversed"])
+@torch.inference_mode()
+def test_whole_sequences_have_the_gpts_states_in_either_order(two_way_gpt: GPT, method: str) -> None:
+    text = pad_texts([[1, 2, 3, 4, 5], [5, 1, 4, 2, 3]], 5)
+    sequences = getattr(two_way_gpt.layout, method)(text, ids(two_way_gpt, 2))
+    torch.testing.assert_close(NativeGPT(two_way_gpt, "fp32")(sequences), two_way_gpt(sequences))
+
+
 @pytest.mark.parametrize("cuts", [[1] * 11, [4, 1, 6], [11]], ids=str)
 def test_fp32_logits_are_the_gpts_for_ragged_padded_shared_prefixes_whatever_the_cut(gpt: GPT, cuts) -> None:
     torch.testing.assert_close(stepped(NativeGPT(gpt, "fp32"), ids(gpt), cuts), stepped(gpt, ids(gpt), [1] * 11))

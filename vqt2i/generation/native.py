@@ -53,7 +53,8 @@ class NativeGPT:
 
     def __call__(self, sequences: Sequences) -> Tensor:
         """As `GPT.forward`, for sequences padded at their end only and alike in their positions."""
-        if self._transformer.visible:
+        sees_in_full = self.layout.config.text_attention == "full" and (sequences.ids_BL == self.layout.t2i).any()
+        if self._transformer.visible or sees_in_full:
             return self._gpt(sequences)
         x_BLD, cos_sin = self._gpt.embed(sequences)
         return self._transformer(x_BLD, causal=True, cos_sin=cos_sin)
