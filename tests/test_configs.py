@@ -10,7 +10,7 @@ from vqt2i.cli import parser_of
 from vqt2i.config import load_config, save_config
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.training.clip import CLIPRunConfig
-from vqt2i.training.gpt import GPTRunConfig
+from vqt2i.training.gpt_config import GPTRunConfig
 from vqt2i.training.palette import load_tokenizer_run
 from vqt2i.training.prior import PriorRunConfig
 

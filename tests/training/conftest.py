@@ -12,7 +12,8 @@ from vqt2i.config import load_config
 from vqt2i.data.pairs import Pair
 from vqt2i.data.shards import DataSet, write_dataset
 from vqt2i.training.clip import CLIPRunConfig, train_clip
-from vqt2i.training.gpt import GPTRunConfig, train_gpt
+from vqt2i.training.gpt import train_gpt
+from vqt2i.training.gpt_config import GPTRunConfig
 from vqt2i.training.prior import PriorRunConfig, train_prior
 from vqt2i.training.start import Resume
 from vqt2i.training.vqgan import VQGANRunConfig, train_vqgan

@@ -34,7 +34,8 @@ from vqt2i.training.batches import Batch
 from vqt2i.training.conditions import Conditioner, EmbeddingCondition, as_vectors
 from vqt2i.training.encode import encode_dataset
 from vqt2i.training.export import export_checkpoint
-from vqt2i.training.gpt import GPTModule, GPTRunConfig, GPTTrainingConfig
+from vqt2i.training.gpt import GPTModule
+from vqt2i.training.gpt_config import GPTRunConfig, GPTTrainingConfig
 
 NO_TEXT = ("text_length=32", "training.reversed_share=0")
 

@@ -21,7 +21,8 @@ from vqt2i.training import run as training_run
 from vqt2i.training.checkpoints import FILES, checkpoint_path, checkpoints_in, step_of
 from vqt2i.training.deepspeed_checkpoint import only_data_is_loaded
 from vqt2i.training.export import export_checkpoint
-from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
+from vqt2i.training.gpt import GPTModule, train_gpt
+from vqt2i.training.gpt_config import GPTRunConfig
 from vqt2i.training.start import Resume
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 

@@ -22,7 +22,7 @@ from vqt2i.training.checkpoints import checkpoint_path
 from vqt2i.training.encode import store_folder
 from vqt2i.training.export import export_checkpoint
 from vqt2i.training.finetune import LoRAConfig, add_adapters, freeze, merge_adapter, merged_weights, part_of, plain_gpt
-from vqt2i.training.gpt import GPTRunConfig
+from vqt2i.training.gpt_config import GPTRunConfig
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig
 
 TRAIN_GPT = Path(__file__).parents[2] / "tools" / "train_gpt.py"

@@ -12,7 +12,8 @@ from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LabelCondition, LossWeights, TextCondition, gpt_loss
 from vqt2i.text import TextBatch, pad_texts
 from vqt2i.training.batches import Batch
-from vqt2i.training.gpt import GPTModule, GPTTrainingConfig, example_prompts, noised
+from vqt2i.training.gpt import GPTModule, example_prompts, noised
+from vqt2i.training.gpt_config import GPTTrainingConfig
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from vqt2i.training.batches import Batch, ImageSamples, TokenSamples
 from vqt2i.training.conditions import ClassCondition, Conditioner
 from vqt2i.training.encode import encode_dataset
 from vqt2i.training.export import export_checkpoint
-from vqt2i.training.gpt import GPTRunConfig
+from vqt2i.training.gpt_config import GPTRunConfig
 
 BY_CLASS = ("condition.kind=label", "text_length=32", "training.reversed_share=0")
 COLOURS = ("blue", "green", "red", "yellow")

@@ -16,7 +16,7 @@ from vqt2i.errors import ConfigError
 from vqt2i.gpt import GPT, GPTConfig, LayoutConfig, LossWeights, gpt_loss
 from vqt2i.nn.transformer import TransformerConfig
 from vqt2i.text import TextBatch
-from vqt2i.training.gpt import GPTRunConfig, TokenizerSizes
+from vqt2i.training.gpt_config import GPTRunConfig, TokenizerSizes
 from vqt2i.training.optim import OptimizerConfig, build_optimizer
 from vqt2i.training.plan import (
     GB,

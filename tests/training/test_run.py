@@ -17,7 +17,8 @@ from vqt2i.errors import CheckpointError, ConfigError, DataError
 from vqt2i.gpt import GPT, GPTConfig
 from vqt2i.training.checkpoints import checkpoints_in, step_of
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig
-from vqt2i.training.gpt import GPTModule, GPTRunConfig
+from vqt2i.training.gpt import GPTModule
+from vqt2i.training.gpt_config import GPTRunConfig
 from vqt2i.training.optim import OptimizerConfig, build_optimizer, learning_rate_at, learning_rate_share
 from vqt2i.training.prior import PriorModule, PriorRunConfig
 from vqt2i.training.run import TrainerConfig

@@ -15,7 +15,8 @@ import torch
 from vqt2i.checkpoint import load_model
 from vqt2i.config import load_config
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig, train_clip
-from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
+from vqt2i.training.gpt import GPTModule, train_gpt
+from vqt2i.training.gpt_config import GPTRunConfig
 from vqt2i.training.start import Resume
 from vqt2i.training.vqgan import VQGANModule, VQGANRunConfig, train_vqgan
 from vqt2i.vq import ImageTokenizer, ImageTokenizerConfig

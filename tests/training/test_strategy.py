@@ -23,7 +23,8 @@ from vqt2i.gpt import GPT
 from vqt2i.training.batches import Batch
 from vqt2i.training.checkpoints import checkpoint_path, damage
 from vqt2i.training.clip import CLIPModule, CLIPRunConfig, train_clip
-from vqt2i.training.gpt import GPTModule, GPTRunConfig, train_gpt
+from vqt2i.training.gpt import GPTModule, train_gpt
+from vqt2i.training.gpt_config import GPTRunConfig
 from vqt2i.training.optim import OptimizerConfig
 from vqt2i.training.start import Resume
 from vqt2i.training.strategy import (

@@ -26,7 +26,8 @@ from vqt2i.training.conditions import Conditioner, windowed
 from vqt2i.training.encode import encode_dataset
 from vqt2i.training.export import export_checkpoint
 from vqt2i.training.finetune import load_base
-from vqt2i.training.gpt import GPTModule, GPTRunConfig, GPTTrainingConfig
+from vqt2i.training.gpt import GPTModule
+from vqt2i.training.gpt_config import GPTRunConfig, GPTTrainingConfig
 from vqt2i.training.record import read_record
 from vqt2i.vq import ImageTokenizer
 

@@ -15,7 +15,8 @@ from vqt2i.generation.decode import Job, decode_image_ids
 from vqt2i.generation.sampling import SamplingConfig
 from vqt2i.gpt import GPT, GPTConfig, LabelCondition
 from vqt2i.text.train import TextTokenizerConfig, save_text_tokenizer, train_text_tokenizer
-from vqt2i.training.gpt import GPTRunConfig, tokenizer_sizes, train_gpt
+from vqt2i.training.gpt import train_gpt
+from vqt2i.training.gpt_config import GPTRunConfig, tokenizer_sizes
 from vqt2i.vq import AnyImageTokenizer, PaletteConfig, PaletteTokenizer, load_image_tokenizer
 from vqt2i.vq.palette import fit_colours
 

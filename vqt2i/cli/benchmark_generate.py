@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vqt2i.cli.options import RUNS, add_number, at_least
 
 if TYPE_CHECKING:
-    from vqt2i.training.gpt import GPTRunConfig
+    from vqt2i.training.gpt_config import GPTRunConfig
 
 PRECISIONS = ("fp32", "bf16", "int8")
 MODES = ("dynamic", "static", "compiled", "frozen")
@@ -30,7 +30,7 @@ def load_untrained_gpt(path: Path) -> "GPTRunConfig":
     """
     from vqt2i.config import load_config
     from vqt2i.errors import ConfigError
-    from vqt2i.training.gpt import GPTRunConfig
+    from vqt2i.training.gpt_config import GPTRunConfig
 
     config = load_config(GPTRunConfig, path)
     if config.sizes is None:

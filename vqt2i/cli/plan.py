@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vqt2i.cli.options import add_config_arguments
 
 if TYPE_CHECKING:
-    from vqt2i.training.gpt import GPTRunConfig, TokenizerSizes
+    from vqt2i.training.gpt_config import GPTRunConfig, TokenizerSizes
     from vqt2i.training.plan import Estimate
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
     from vqt2i.errors import ConfigError
     from vqt2i.files import write_json
-    from vqt2i.training.gpt import GPTRunConfig
+    from vqt2i.training.gpt_config import GPTRunConfig
     from vqt2i.training.plan import GB, Hardware, cost, count_parameters, estimate_all
 
     config = load_config(GPTRunConfig, args.config, args.overrides)
@@ -104,7 +104,7 @@ def _positive(number: type) -> Callable[[str], float]:
 def _sizes_on_disk(config: "GPTRunConfig", runs: Path) -> "TokenizerSizes":
     from vqt2i.generation.find import find_image_tokenizer
     from vqt2i.text import load_tokenizer
-    from vqt2i.training.gpt import tokenizer_sizes
+    from vqt2i.training.gpt_config import tokenizer_sizes
 
     _, vq = find_image_tokenizer(config.image_tokenizer, runs)
     return tokenizer_sizes(load_tokenizer(config.text_tokenizer), vq)

@@ -22,7 +22,8 @@ def run(args: argparse.Namespace) -> None:
     from vqt2i.config import load_config
     from vqt2i.generation.find import find_image_tokenizer
     from vqt2i.processes import one_command
-    from vqt2i.training.gpt import GPTRunConfig, train_gpt
+    from vqt2i.training.gpt import train_gpt
+    from vqt2i.training.gpt_config import GPTRunConfig
 
     with one_command():
         config = load_config(GPTRunConfig, args.config, args.overrides)

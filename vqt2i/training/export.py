@@ -16,7 +16,8 @@ from vqt2i.training.checkpoints import checkpoint_path, checkpoints_in, damage, 
 from vqt2i.training.clip import CLIPModule
 from vqt2i.training.deepspeed_checkpoint import whole_weights
 from vqt2i.training.finetune import is_adapted, merged_weights
-from vqt2i.training.gpt import GPTModule, GPTRunConfig
+from vqt2i.training.gpt import GPTModule
+from vqt2i.training.gpt_config import GPTRunConfig
 from vqt2i.training.metrics import METRICS, validation_at
 from vqt2i.training.prior import PriorModule
 from vqt2i.training.record import read_record
